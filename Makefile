@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# `make demo` shows the main job, `make test` runs every test, `make check` is what CI runs.
+.DEFAULT_GOAL := build
+SHELL := /bin/bash -o pipefail
+
+export CGO_ENABLED ?= 0
+VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+LDFLAGS := -s -w -X main.version=$(VERSION)
+TOOL    := go tool -modfile=.ci/tools.mod
+PREFIX  ?= /usr/local
+FUZZTIME ?= 20s
+
+.PHONY: build cross demo test unit race e2e fuzz bench lint fmt fmt-check check install clean
+
+build: ## the static binary, ./mprox
+	go build -trimpath -ldflags '$(LDFLAGS)' -o mprox ./cmd/mprox
+
+cross: ## both supported architectures, into ./dist
+	GOOS=linux GOARCH=amd64 go build -trimpath -ldflags '$(LDFLAGS)' -o dist/mprox-linux-amd64 ./cmd/mprox
+	GOOS=linux GOARCH=arm64 go build -trimpath -ldflags '$(LDFLAGS)' -o dist/mprox-linux-arm64 ./cmd/mprox
+
+demo: build ## the main job, self-contained: private namespaces, nothing left behind (needs root)
+	./mprox demo
+
+test: unit e2e ## every test (needs root; installs the servers it needs)
+
+unit: ## tests that need no root
+	go test -count=1 $$(go list ./... | grep -v /e2e)
+
+race:
+	CGO_ENABLED=1 go test -race -count=1 $$(go list ./... | grep -v /e2e)
+
+e2e: build ## black-box tests in namespaces against real servers (needs root)
+	bash e2e/setup.sh
+	MPROX_BIN=$(CURDIR)/mprox go test -count=1 -timeout 25m ./e2e/...
+
+fuzz: ## each fuzz target for FUZZTIME
+	bash .ci/fuzz $(FUZZTIME)
+
+bench:
+	go test -run '^$$' -bench . -benchmem $$(go list ./... | grep -v /e2e)
+
+lint:
+	CGO_ENABLED=0 $(TOOL) golangci-lint run ./...
+	GOARCH=arm64 go vet ./...
+
+fmt:
+	$(TOOL) golangci-lint fmt ./...
+
+fmt-check:
+	$(TOOL) golangci-lint fmt --diff ./...
+
+check: fmt-check lint race cross e2e ## what .ci/run runs
+
+install: build
+	install -D -m 0755 mprox $(DESTDIR)$(PREFIX)/bin/mprox
+
+clean:
+	rm -rf mprox dist
