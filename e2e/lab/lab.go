@@ -192,26 +192,26 @@ func (l *Lab) wire() error {
 			"link add c0 type veth peer name eth0 netns " + l.Client.Name,
 			"link add l0 type veth peer name eth0 netns " + l.LAN.Name,
 			"link set c0 master br0 up", "link set l0 master br0 up",
-			"addr add " + GatewayV4.String() + "/24 dev br0", "addr add " + GatewayV6.String() + "/64 dev br0 nodad",
-			"addr add fd77::1/64 dev br0 nodad", "link set br0 up",
+			"link set br0 up", "addr add " + GatewayV4.String() + "/24 dev br0", "addr add " + GatewayV6.String() + "/64 dev br0 nodad",
+			"addr add fd77::1/64 dev br0 nodad",
 		}},
 		{l.Client, []string{
-			"addr add " + ClientV4.String() + "/24 dev eth0", "addr add " + ClientV6.String() + "/64 dev eth0 nodad",
-			"addr add " + ClientULA.String() + "/64 dev eth0 nodad", "link set eth0 up",
+			"link set eth0 up", "addr add " + ClientV4.String() + "/24 dev eth0", "addr add " + ClientV6.String() + "/64 dev eth0 nodad",
+			"addr add " + ClientULA.String() + "/64 dev eth0 nodad",
 			"route add default via " + GatewayV4.String(), "route add default via " + GatewayV6.String(),
 		}},
 		{l.LAN, []string{
-			"addr add " + LANV4.String() + "/24 dev eth0", "addr add 2001:db8:1::53/64 dev eth0 nodad",
-			"addr add " + LANULA.String() + "/64 dev eth0 nodad", "link set eth0 up",
+			"link set eth0 up", "addr add " + LANV4.String() + "/24 dev eth0", "addr add 2001:db8:1::53/64 dev eth0 nodad",
+			"addr add " + LANULA.String() + "/64 dev eth0 nodad",
 			"route add default via " + GatewayV4.String(), "route add default via " + GatewayV6.String(),
 		}},
 		{l.Proxy, []string{
 			"link add eth1 type veth peer name eth0 netns " + l.OriginNS.Name,
-			"addr add " + ExitV4.String() + "/24 dev eth1", "addr add " + ExitV6.String() + "/64 dev eth1 nodad", "link set eth1 up",
+			"link set eth1 up", "addr add " + ExitV4.String() + "/24 dev eth1", "addr add " + ExitV6.String() + "/64 dev eth1 nodad",
 			"route add unreachable " + UnreachableV4.String() + "/32", "route add unreachable " + UnreachableV6.String() + "/128",
 		}},
 		{l.OriginNS, []string{
-			"addr add " + OriginV4.String() + "/24 dev eth0", "addr add " + OriginV6.String() + "/64 dev eth0 nodad", "link set eth0 up",
+			"link set eth0 up", "addr add " + OriginV4.String() + "/24 dev eth0", "addr add " + OriginV6.String() + "/64 dev eth0 nodad",
 			"route add default via " + ExitV4.String(), "route add default via " + ExitV6.String(),
 		}},
 	}
@@ -226,14 +226,14 @@ func (l *Lab) wire() error {
 // wanUp gives wan0 of router and proxy their addresses and routes.
 func (l *Lab) wanUp() error {
 	if err := l.Router.ip(
-		"addr add 203.0.113.1/24 dev wan0", "addr add 2001:db8:2::1/64 dev wan0 nodad", "link set wan0 up",
+		"link set wan0 up", "addr add 203.0.113.1/24 dev wan0", "addr add 2001:db8:2::1/64 dev wan0 nodad",
 		"route add 198.51.100.0/24 via "+ProxyV4.String(), "route add 2001:db8:3::/64 via "+ProxyV6.String(),
 		"route add blackhole "+BlackholeV4.String()+"/32", "route add blackhole "+BlackholeV6.String()+"/128",
 	); err != nil {
 		return err
 	}
 	return l.Proxy.ip(
-		"addr add "+ProxyV4.String()+"/24 dev wan0", "addr add "+ProxyV6.String()+"/64 dev wan0 nodad", "link set wan0 up",
+		"link set wan0 up", "addr add "+ProxyV4.String()+"/24 dev wan0", "addr add "+ProxyV6.String()+"/64 dev wan0 nodad",
 		"route add 192.168.77.0/24 via 203.0.113.1", "route add 2001:db8:1::/64 via 2001:db8:2::1",
 		// Sent to the router, which swallows it: a destination that never answers the proxy.
 		"route add "+BlackholeV4.String()+"/32 via 203.0.113.1", "route add "+BlackholeV6.String()+"/128 via 2001:db8:2::1",

@@ -57,17 +57,18 @@ func newNS(name, dir string, m Mounts) (*NS, error) {
 	}
 	n.file = f
 	if err := n.Sysctl(map[string]string{
-		"net/ipv4/conf/all/rp_filter":                "0",
-		"net/ipv4/conf/default/rp_filter":            "0",
-		"net/ipv6/conf/all/accept_dad":               "0", // addresses are usable at once
-		"net/ipv6/conf/default/accept_dad":           "0",
-		"net/ipv6/conf/all/disable_ipv6":             "0",
-		"net/ipv6/conf/default/disable_ipv6":         "0",
-		"net/ipv6/conf/default/accept_ra":            "0",
-		"net/ipv6/conf/default/autoconf":             "0",
-		"net/ipv6/conf/all/router_solicitations":     "0",
-		"net/ipv6/conf/default/router_solicitations": "0",
-		"net/ipv4/ping_group_range":                  "0 2147483647",
+		"net/ipv4/conf/all/rp_filter":                     "0",
+		"net/ipv4/conf/default/rp_filter":                 "0",
+		"net/ipv6/conf/all/accept_dad":                    "0", // addresses are usable at once
+		"net/ipv6/conf/default/accept_dad":                "0",
+		"net/ipv6/conf/default/router_solicitation_delay": "0", // also delays the first use of an address
+		"net/ipv6/conf/all/disable_ipv6":                  "0",
+		"net/ipv6/conf/default/disable_ipv6":              "0",
+		"net/ipv6/conf/default/accept_ra":                 "0",
+		"net/ipv6/conf/default/autoconf":                  "0",
+		"net/ipv6/conf/all/router_solicitations":          "0",
+		"net/ipv6/conf/default/router_solicitations":      "0",
+		"net/ipv4/ping_group_range":                       "0 2147483647",
 	}); err != nil {
 		return n, err
 	}
@@ -85,9 +86,10 @@ func newNS(name, dir string, m Mounts) (*NS, error) {
 
 // hold starts the process that keeps the mount namespace, and returns when the mounts are in place.
 func (n *NS) hold(dir string, m Mounts) error {
-	script := "set -e\n"
+	var script strings.Builder
+	script.WriteString("set -e\n")
 	for _, d := range m.Tmpfs {
-		script += "mount -t tmpfs tmpfs " + d + "\n"
+		script.WriteString("mount -t tmpfs tmpfs " + d + "\n")
 	}
 	i := 0
 	for path, content := range m.Files {
@@ -96,10 +98,10 @@ func (n *NS) hold(dir string, m Mounts) error {
 		if err := os.WriteFile(src, []byte(content), 0o644); err != nil {
 			return err
 		}
-		script += "mount --bind " + src + " " + path + "\n"
+		script.WriteString("mount --bind " + src + " " + path + "\n")
 	}
-	script += "echo ready\nexec sleep infinity\n"
-	cmd := exec.Command("nsenter", "--net="+n.Path(), "--", "unshare", "--mount", "--propagation", "private", "sh", "-c", script)
+	script.WriteString("echo ready\nexec sleep infinity\n")
+	cmd := exec.Command("nsenter", "--net="+n.Path(), "--", "unshare", "--mount", "--propagation", "private", "sh", "-c", script.String())
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	var stderr strings.Builder
 	cmd.Stderr = &stderr
@@ -142,7 +144,7 @@ func killIn(name string) {
 			return true
 		}
 		left := false
-		for _, f := range strings.FieldsSeq(string(out)) {
+		for f := range strings.FieldsSeq(string(out)) {
 			pid, err := strconv.Atoi(f)
 			if err != nil || pid <= 1 || pid == os.Getpid() {
 				continue

@@ -21,6 +21,7 @@ const relayQueue = 1 << 16
 // newRelay joins two namespaces by a pair of TUN devices of the same name between which every packet takes delay, and a fraction of them
 // is lost. The delay is the same for all packets one way, so a queue in order of arrival is also one in order of departure.
 func newRelay(t *testing.T, a, b *NS, name string, delay time.Duration, loss float64, configure func() error) error {
+	t.Helper()
 	fa, err := openTUN(a, name)
 	if err != nil {
 		return err

@@ -68,7 +68,7 @@ func accounts() (passwd, shadow string) {
 	}
 	keep := func(b []byte) string {
 		var out []string
-		for _, line := range strings.SplitSeq(strings.TrimSpace(string(b)), "\n") {
+		for line := range strings.SplitSeq(strings.TrimSpace(string(b)), "\n") {
 			if !strings.HasPrefix(line, User+":") {
 				out = append(out, line)
 			}
