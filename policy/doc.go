@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+// Package policy is the kernel's side of capture: whose packets are led into which TUN device, what stays direct, and the guard that keeps
+// captured packets from leaving unproxied, also when the daemon is dead.
+//
+// It does not open TUN devices (tun), sockets (dialers) or read configuration; cmd/mprox/daemon calls it. Everything that touches the
+// world goes through Host; NewPlan is pure, and its text is tested against golden files.
+//
+//	Spec (what is wanted) ─┐
+//	                       ├─ NewPlan ─▶ Plan ─▶ journal ─▶ Host (netlink, nftables, sysctl, cgroup, BPF)
+//	Snapshot (what is) ────┘               ▲                  │
+//	                                       └── reconcile ◀────┘ foreign changes, link and route events
+//
+// Order of calls for `up` (a context in ModeGlobal):
+//
+//	host, err := policy.NewLinuxHost()                 // ErrPrivilege, ErrFeature: exit 4
+//	m := policy.NewManager(policy.Config{Host: host, Log: log})
+//	snap, err := m.Snapshot(ctx)                       // snap.Nameservers for dialers, before anything is captured
+//	spec := policy.Spec{Instance: policy.InstanceFor(socket), Contexts: []policy.ContextSpec{{Name: "default", Mode: policy.ModeGlobal, Slot: 0, TUN: "mprox0"}}}
+//	err = m.Prepare(ctx, spec)                         // lock (ErrConflict: exit 6), journal, own cgroup, guard, unreachable routes, rules: all closed
+//	err = m.ExcludeListeners(ctx, loopbackUpstreams)   // may be left out; again whenever such an upstream was restarted
+//	dev, err := tun.Open(...)                          // spec.Contexts[0].TUN = dev.Name()
+//	...listen for DNS on 127.0.0.1:0 and [::1]:0       // spec.Contexts[0].DNSPort4, DNSPort6
+//	err = m.Apply(ctx, spec)                           // device up, addresses, routes, DNS redirect; again after each reload
+//	...
+//	err = m.Close(ctx, policy.StopConfigured)          // after the stack has ended its flows, before the device is closed
+//	host.Close()
+//
+// Order of calls for `run` (one context in ModeCgroup), in a process of its own or for a lease in the daemon:
+//
+//	slot, err := m.AcquireSlot(ctx)                    // free of other instances in this namespace
+//	spec.Contexts = append(spec.Contexts, policy.ContextSpec{Name: "run-1234", Mode: policy.ModeCgroup, Slot: slot})
+//	err = m.Prepare(ctx, spec)                         // the first time; for a lease in a running daemon: m.Apply
+//	cg, err := m.NewCgroup(ctx, "run-1234", slot)      // journal, mkdir, BPF mark
+//	spec.Contexts[i].Cgroups = []policy.CgroupRef{cg.Ref()}; spec.Contexts[i].TUN = dev.Name()
+//	err = m.Apply(ctx, spec)
+//	cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: cg.FD()}
+//	err = cg.Wait(ctx)                                 // until the last process has gone
+//	m.Close(ctx, policy.StopOpen)                      // or, for a lease: context taken out of spec, m.Apply, cg.Remove, m.ReleaseSlot
+//
+// A lease whose connection ends while processes live on stays in the Spec with TUN "": its marks and guard block them until Wait returns.
+package policy

@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package policy
+
+import "errors"
+
+// What callers branch on. The text around them is one line that names what is missing, or who is in the way, and what to do.
+var (
+	// ErrConflict: another instance, or someone else's marks, tables or priorities (exit 6).
+	ErrConflict = errors.New("conflict")
+	// ErrPrivilege: a capability is missing (exit 4).
+	ErrPrivilege = errors.New("missing privilege")
+	// ErrFeature: the kernel lacks something, or a file system is not there (exit 4).
+	ErrFeature = errors.New("missing kernel feature")
+	// ErrJournal: the journal cannot be read. Cleanup still removes what carries our marks.
+	ErrJournal = errors.New("journal is damaged")
+	// ErrClosed: the Manager is closed.
+	ErrClosed = errors.New("policy manager is closed")
+)
