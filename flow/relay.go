@@ -1,0 +1,229 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package flow
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync"
+	"time"
+)
+
+const (
+	// halfIdle ends a flow whose one direction has ended and whose other has moved nothing for so long. An established flow has no such
+	// limit (idle ssh sessions and database pools live for days; keep-alive finds the dead ones), but of half-closed ones the keep-alive
+	// of a peer that has forgotten to close says "alive" for ever. Linux waits a minute in FIN-WAIT-2 for orphans; an hour leaves room for
+	// "send the query, shut down, compute, answer".
+	halfIdle = time.Hour
+	// lingerTime is how long what one side has sent before it failed may take to reach the other.
+	lingerTime = 5 * time.Second
+)
+
+// relaying is one flow being relayed.
+type relaying struct {
+	app, up Conn
+	e       *entry
+	buffers *bufferPool
+	fast    bool // app moves and counts the bytes itself
+
+	mu     sync.Mutex
+	timer  *time.Timer // of a half-closed flow
+	half   bool        // one direction has come to its end of file
+	failed error       // what broke the flow, nil if nothing has
+	over   bool
+}
+
+// relay moves bytes both ways until both directions have ended, or ctx has, and closes both. head is sent to up first.
+//
+// An end of file on one side becomes a FIN on the other, while the opposite direction goes on. A side that breaks (reset) is answered by a
+// reset of the other. A side that no longer takes bytes, but has sent some, gets them through before the flow ends.
+//
+// Backpressure is the conns' own: a direction reads only what the other side has taken. A flow holds one buffer a direction while it runs,
+// and none at all if app moves the bytes by itself, from and to the socket of up.
+func relay(ctx context.Context, app, up Conn, head []byte, e *entry, buffers *bufferPool) error {
+	r := &relaying{app: app, up: up, e: e, buffers: buffers}
+	_, wt := app.(io.WriterTo)
+	_, rf := app.(io.ReaderFrom)
+	if c, ok := app.(Counted); ok && wt && rf {
+		c.SetCounters(&e.up, &e.down)
+		r.fast = true
+	}
+	aborted := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(aborted)
+		r.abort(context.Cause(ctx))
+	})
+	var down sync.WaitGroup
+	down.Go(func() { r.direction(up, app, r.download) })
+	r.direction(app, up, func() error { return r.upload(head) })
+	down.Wait()
+	if !stop() {
+		<-aborted
+	}
+	return r.close()
+}
+
+// upload moves application → upstream until the application's end of file (nil) or an error.
+func (r *relaying) upload(head []byte) error {
+	if len(head) > 0 {
+		if _, err := r.up.Write(head); err != nil {
+			return &WriteError{err}
+		}
+		r.e.up.Add(uint64(len(head)))
+	}
+	if r.fast {
+		_, err := r.app.(io.WriterTo).WriteTo(r.up)
+		return err
+	}
+	return r.copy(r.up, r.app, &r.e.up)
+}
+
+// download moves upstream → application.
+func (r *relaying) download() error {
+	if r.fast {
+		_, err := r.app.(io.ReaderFrom).ReadFrom(r.up)
+		return err
+	}
+	return r.copy(r.app, r.up, &r.e.down)
+}
+
+// direction runs one direction to its end and passes that end on.
+func (r *relaying) direction(src, dst Conn, move func() error) {
+	err := move()
+	switch {
+	case err == nil:
+		_ = dst.CloseWrite() // if it fails, dst is gone, which the other direction finds out by reading from it
+		r.ended(dst)
+	case isWriteError(err):
+		// dst takes no more, but what it sent before may still be on its way to src: let the other direction come to its own end. Meanwhile
+		// src is read and its bytes thrown away, because unread bytes in a socket make closing it a reset of what is queued towards it.
+		r.deaf(src, err)
+		if err := r.discard(src); err != nil {
+			src.Abort()
+		}
+	default:
+		r.abort(err)
+	}
+}
+
+// ended notes that dst has been sent all there is for it.
+func (r *relaying) ended(dst Conn) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.half = true
+	if r.failed != nil {
+		lingerLocked(dst)
+	}
+	r.closingLocked()
+}
+
+// deaf notes that nobody listens to src any more.
+func (r *relaying) deaf(src Conn, err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.brokenLocked(err)
+	if r.half {
+		lingerLocked(src)
+	}
+}
+
+// lingerLocked gives c, which has been sent everything and is not listened to, the time to take it. It is reset after.
+func lingerLocked(c Conn) {
+	_ = c.SetReadDeadline(time.Now().Add(lingerTime))
+}
+
+// brokenLocked notes the first error.
+func (r *relaying) brokenLocked(err error) {
+	if r.failed == nil {
+		r.failed = err
+	}
+	r.closingLocked()
+}
+
+// closingLocked starts the limit on how long a flow may be idle with one direction ended.
+func (r *relaying) closingLocked() {
+	if r.timer == nil && !r.over {
+		r.e.setState(StateClosing)
+		r.timer = time.AfterFunc(halfIdle, r.checkIdle)
+	}
+}
+
+// checkIdle ends a half-closed flow that has been idle for halfIdle, else looks again when it could have been.
+func (r *relaying) checkIdle() {
+	idle := time.Duration(r.e.t.clock() - r.e.last())
+	if idle >= halfIdle {
+		r.abort(ErrIdle)
+		return
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.over {
+		r.timer.Reset(halfIdle - idle)
+	}
+}
+
+// abort resets both sides, which ends both directions. The first error is the flow's.
+func (r *relaying) abort(err error) {
+	r.mu.Lock()
+	r.brokenLocked(err)
+	r.mu.Unlock()
+	r.app.Abort()
+	r.up.Abort()
+}
+
+// close ends the flow after both directions have.
+func (r *relaying) close() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.over = true
+	if r.timer != nil {
+		r.timer.Stop()
+	}
+	r.app.Close()
+	r.up.Close()
+	return r.failed
+}
+
+// isWriteError reports whether it was the destination of a copy that failed.
+func isWriteError(err error) bool {
+	var we *WriteError
+	var oe *net.OpError
+	return errors.As(err, &we) || errors.As(err, &oe) && oe.Op == "write"
+}
+
+// copy moves src → dst until src's end of file (nil) or an error, counting as it goes.
+func (r *relaying) copy(dst io.Writer, src io.Reader, c *Counter) error {
+	buf := r.buffers.get()
+	defer r.buffers.put(buf)
+	for {
+		n, err := src.Read(buf[:])
+		if n > 0 {
+			if _, werr := dst.Write(buf[:n]); werr != nil {
+				return &WriteError{werr}
+			}
+			c.Add(uint64(n))
+		}
+		switch {
+		case errors.Is(err, io.EOF):
+			return nil
+		case err != nil:
+			return fmt.Errorf("read: %w", err)
+		}
+	}
+}
+
+// discard reads src to its end of file (nil) or an error.
+func (r *relaying) discard(src io.Reader) error {
+	buf := r.buffers.get()
+	defer r.buffers.put(buf)
+	for {
+		if _, err := src.Read(buf[:]); errors.Is(err, io.EOF) {
+			return nil
+		} else if err != nil {
+			return err
+		}
+	}
+}

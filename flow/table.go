@@ -1,0 +1,269 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package flow
+
+import (
+	"cmp"
+	"errors"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+// DefaultMaxFlows is the bound of a table whose configuration names none.
+const DefaultMaxFlows = 65536
+
+// Why a flow was ended from outside. They are the causes of the flow's context.
+var (
+	ErrKilled    = errors.New("killed on request")
+	ErrEvicted   = errors.New("longest idle flow of a full table")
+	ErrRules     = errors.New("blocked by the new rules")
+	ErrClosed    = errors.New("context closed")
+	ErrIdle      = errors.New("half-closed and idle")
+	ErrTableFull = errors.New("flow table full")
+)
+
+// TableConfig says what a Table is made of.
+type TableConfig struct {
+	Context  string
+	MaxFlows int              // 0 = DefaultMaxFlows
+	IDs      *atomic.Uint64   // shared by all contexts, so that an ID names one flow of the daemon; nil = the table's own
+	Log      *zap.Logger      // one line a flow; nil = none
+	Recorder Recorder         // nil = none
+	Now      func() time.Time // nil = time.Now
+}
+
+// Recorder is what metrics learn as it happens. Its methods are called from the flows' goroutines and must not block.
+type Recorder interface {
+	// FlowEnded is called once a flow. result is one of the Result constants. The Info is the callee's.
+	FlowEnded(i *Info, result string)
+	// Connected is called when an upstream has opened a connection or an association, with the time it took.
+	Connected(upstream string, d time.Duration)
+	// UpstreamError is called when it has not. A destination's refusal is counted here too, as reason refused.
+	UpstreamError(upstream string, r Reason)
+}
+
+// Info is a flow as others may see it: a copy that does not change.
+type Info struct {
+	Flow
+	Rule, Upstream, State, Handshake string
+	// Bytes are payload, without headers. Packets are datagrams; the netstack's segments are not counted here, TCP has 0.
+	BytesUp, BytesDown, PacketsUp, PacketsDown uint64
+	Connect                                    time.Duration // how long the upstream took; 0 = not connected
+	End                                        time.Time     // zero while the flow lives
+	Err                                        string
+}
+
+// The states of a flow.
+const (
+	StateNew          = "new"          // known, not decided or waiting for payload
+	StateEstablishing = "establishing" // the upstream is being asked
+	StateEstablished  = "established"
+	StateClosing      = "closing" // one direction has ended, or the flow is being ended
+	StateClosed       = "closed"
+)
+
+// How a flow's handshake was done.
+const (
+	HandshakeHonest = "honest" // the application was answered after the upstream had answered
+	HandshakeEarly  = "early"  // before, because a rule needed payload or because the answer comes from us
+)
+
+// shards is how many locks the table has: a power of two, enough for the cores of a large machine not to meet.
+const shards = 16
+
+// Table tracks every flow of one context: bounded, sharded by ID. It is safe for concurrent use.
+type Table struct {
+	cfg   TableConfig
+	epoch time.Time
+	slots atomic.Int64 // flows that have a slot; an evicted flow gives its slot back before it has ended
+	shard [shards]tableShard
+	totals
+
+	evictMu sync.Mutex
+	idlest  []candidate // what is left of the last scan, longest idle last
+
+	watchers
+}
+
+type tableShard struct {
+	mu   sync.Mutex
+	live map[uint64]*entry
+	sums sums // of the flows that have ended here
+}
+
+// candidate is an entry as a scan saw it.
+type candidate struct {
+	e    *entry
+	last int64
+}
+
+// NewTable returns an empty table.
+func NewTable(cfg TableConfig) *Table {
+	if cfg.MaxFlows <= 0 {
+		cfg.MaxFlows = DefaultMaxFlows
+	}
+	if cfg.IDs == nil {
+		cfg.IDs = new(atomic.Uint64)
+	}
+	if cfg.Log == nil {
+		cfg.Log = zap.NewNop()
+	}
+	if cfg.Recorder == nil {
+		cfg.Recorder = noRecorder{}
+	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	t := &Table{cfg: cfg, epoch: cfg.Now()}
+	for i := range t.shard {
+		t.shard[i].live = make(map[uint64]*entry)
+		t.shard[i].sums = newSums()
+	}
+	return t
+}
+
+// add gives the flow an ID and a slot, ending the longest idle flow if there is none left. kill is called at most once, from any
+// goroutine, with none of the table's locks held, when the flow has to end; the owner then calls finish.
+func (t *Table) add(f *Flow, kill func(error)) (*entry, error) {
+	for t.slots.Add(1) > int64(t.cfg.MaxFlows) {
+		t.slots.Add(-1)
+		if !t.evict() {
+			t.refused.Add(1)
+			return nil, ErrTableFull
+		}
+	}
+	f.ID = t.cfg.IDs.Add(1)
+	e := &entry{t: t, id: f.ID, kill: kill, since: t.clock()}
+	e.up.clock, e.down.clock = t.clock, t.clock
+	e.info = Info{Flow: *f, State: StateNew, Handshake: HandshakeHonest}
+	s := &t.shard[e.id%shards]
+	s.mu.Lock()
+	s.live[e.id] = e
+	s.mu.Unlock()
+	t.started.Add(1)
+	return e, nil
+}
+
+// clock returns nanoseconds since the table was made; monotonic when Config.Now is.
+func (t *Table) clock() int64 { return int64(t.cfg.Now().Sub(t.epoch)) }
+
+// evict ends the flow that has been idle longest, and reports whether there was one.
+//
+// A scan keeps more candidates than it needs now. While nothing but time has passed, the first of them that has not moved since is
+// still exactly the longest idle: flows only ever become younger, and flows that came later are younger than all candidates. So one
+// scan of n flows pays for n/64 evictions.
+func (t *Table) evict() bool {
+	t.evictMu.Lock()
+	e := t.takeIdlestLocked()
+	if e == nil {
+		t.idlest = t.scan()
+		e = t.takeIdlestLocked()
+	}
+	t.evictMu.Unlock()
+	if e == nil {
+		return false
+	}
+	t.evicted.Add(1)
+	e.end(ErrEvicted)
+	return true
+}
+
+// takeIdlestLocked returns the longest idle candidate that has not moved since the scan, with its slot taken from it.
+func (t *Table) takeIdlestLocked() *entry {
+	for n := len(t.idlest); n > 0; n = len(t.idlest) {
+		c := t.idlest[n-1]
+		t.idlest[n-1] = candidate{}
+		t.idlest = t.idlest[:n-1]
+		if c.e.last() == c.last && c.e.giveSlot() {
+			return c.e
+		}
+	}
+	return nil
+}
+
+// scan returns the longest idle flows that have a slot, longest idle last.
+func (t *Table) scan() []candidate {
+	all := make([]candidate, 0, t.Len())
+	for i := range t.shard {
+		s := &t.shard[i]
+		s.mu.Lock()
+		for _, e := range s.live {
+			if !e.slotless.Load() {
+				all = append(all, candidate{e, e.last()})
+			}
+		}
+		s.mu.Unlock()
+	}
+	slices.SortFunc(all, func(a, b candidate) int {
+		return cmp.Or(cmp.Compare(b.last, a.last), cmp.Compare(b.e.id, a.e.id))
+	})
+	keep := max(1, len(all)/64)
+	return slices.Clone(all[max(0, len(all)-keep):])
+}
+
+// entries returns the flows alive now, in no order.
+func (t *Table) entries() []*entry {
+	out := make([]*entry, 0, t.Len())
+	for i := range t.shard {
+		s := &t.shard[i]
+		s.mu.Lock()
+		for _, e := range s.live {
+			out = append(out, e)
+		}
+		s.mu.Unlock()
+	}
+	return out
+}
+
+// Snapshot returns the flows that have been decided and have not ended, oldest first.
+func (t *Table) Snapshot() []Info {
+	es := t.entries()
+	out := make([]Info, 0, len(es))
+	for _, e := range es {
+		if i, ok := e.snapshot(); ok {
+			out = append(out, i)
+		}
+	}
+	slices.SortFunc(out, func(a, b Info) int { return cmp.Compare(a.ID, b.ID) })
+	return out
+}
+
+// Kill ends a flow: TCP by RST to both sides. It reports whether there was such a flow. A UDP flow starts anew with the application's
+// next datagram if the rules let it.
+func (t *Table) Kill(id uint64) bool {
+	s := &t.shard[id%shards]
+	s.mu.Lock()
+	e := s.live[id]
+	s.mu.Unlock()
+	if e == nil {
+		return false
+	}
+	e.end(ErrKilled)
+	return true
+}
+
+// KillIf ends the flows that f says yes to, and returns how many. It is for a reload: flows that the new rules block. A flow that is
+// being decided meanwhile is decided again by its handler, so none escapes as long as SetDecider comes first.
+func (t *Table) KillIf(f func(*Info) bool) int {
+	n := 0
+	for _, e := range t.entries() {
+		if i, ok := e.snapshot(); ok && f(&i) {
+			e.end(ErrRules)
+			n++
+		}
+	}
+	return n
+}
+
+// Len returns how many slots are taken; never more than MaxFlows.
+func (t *Table) Len() int { return int(max(0, min(t.slots.Load(), int64(t.cfg.MaxFlows)))) }
+
+type noRecorder struct{}
+
+func (noRecorder) FlowEnded(*Info, string)         {}
+func (noRecorder) Connected(string, time.Duration) {}
+func (noRecorder) UpstreamError(string, Reason)    {}
