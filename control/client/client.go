@@ -90,8 +90,8 @@ func (c *Client) Flows(ctx context.Context) ([]Flow, error) {
 	return get[[]Flow](ctx, c, "/v1/flows", nil)
 }
 
-// WatchFlows yields each live flow once, and then each flow whenever its state changes, the last time as closed. A consumer that is too
-// slow loses changes in between, never memory. It ends with ctx, when the daemon stops, or with the one error it yields.
+// WatchFlows yields each live flow once, and then each flow when it starts and when it ends (its state is then closed). A consumer that is
+// too slow loses some of them, never memory. It ends with ctx, when the daemon stops, or with the one error it yields.
 func (c *Client) WatchFlows(ctx context.Context) iter.Seq2[Flow, error] {
 	return stream[Flow](ctx, c, "/v1/flows", url.Values{"watch": {"1"}})
 }

@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+// Package control is the daemon's side of the control socket: the API server, who may call what, and the metrics.
+//
+// It decides nothing about traffic. What it shows and changes belongs to the Backend, which cmd/mprox/daemon implements. The other side, and
+// the types both sides speak, is control/client. The API is served on a unix socket only; over TCP there are only metrics and probes.
+package control
+
+import (
+	"context"
+	"errors"
+
+	"github.com/mutex-proxy/mutex/control/client"
+	"github.com/mutex-proxy/mutex/flow"
+)
+
+// Status and the others are the types of the API: those of its client, so that the two cannot drift apart.
+type (
+	Status         = client.Status
+	ConfigStatus   = client.ConfigStatus
+	ContextStatus  = client.ContextStatus
+	UpstreamStatus = client.UpstreamStatus
+	GuardStatus    = client.GuardStatus
+	DNSStatus      = client.DNSStatus
+	Stats          = client.Stats
+	Totals         = client.Totals
+	Flow           = client.Flow
+	App            = client.App
+	ExplainRequest = client.ExplainRequest
+	Explanation    = client.Explanation
+	Condition      = client.Condition
+	KernelPath     = client.KernelPath
+	Check          = client.Check
+	Health         = client.Health
+	DNSAnswer      = client.DNSAnswer
+	DNSRecord      = client.DNSRecord
+	Event          = client.Event
+	LeaseRequest   = client.LeaseRequest
+	LeaseInfo      = client.Lease
+	Error          = client.Error
+)
+
+// ErrConflict is wrapped by Start when another daemon answers on the socket, or something else holds the address of the HTTP listener.
+var ErrConflict = errors.New("conflict")
+
+// Backend is the daemon as the API sees it. Methods are called concurrently. An error that is or wraps an *Error reaches the caller with its
+// code, any other as "internal": it must carry no secret.
+type Backend interface {
+	// Status returns a copy with every context and upstream; the server takes out what a caller may not see.
+	Status(ctx context.Context) Status
+	// Health returns the checks that must hold for the daemon to do its job. None is a daemon that is still starting: unhealthy.
+	Health(ctx context.Context) []Check
+	// Flows returns the live flows of all contexts, in any order.
+	Flows() []flow.Info
+	// WatchFlows sends each flow of any context when it starts and when it ends, from the call on, until ctx ends; then it closes the
+	// channel. It never blocks a flow: what the channel has no room for is lost.
+	WatchFlows(ctx context.Context) <-chan flow.Info
+	// KillFlow resets one flow; false if there is none of that ID.
+	KillFlow(id uint64) bool
+	// Explain walks the rules for a flow that need not exist. The request is complete: Network is tcp or udp, Dest host:port.
+	Explain(ctx context.Context, r ExplainRequest) (Explanation, error)
+	// ExchangeDNS answers one DNS message as if a process of the context had sent it. An empty name means the only context, or "default".
+	ExchangeDNS(ctx context.Context, contextName string, query []byte) ([]byte, error)
+	// Reload applies the changed configuration and returns when it is in force, or the first reason why it is not.
+	Reload(ctx context.Context) error
+	// Lease makes, or joins, a context for the peer; ctx bounds the making. The server calls Close exactly once, when the connection ends.
+	Lease(ctx context.Context, r LeaseRequest, p Peer) (Lease, error)
+	// Stop begins the daemon's orderly end and returns at once.
+	Stop()
+}
+
+// Lease is a context that lives as long as a connection.
+type Lease interface {
+	Info() LeaseInfo
+	// Done is closed when the daemon has ended the lease itself.
+	Done() <-chan struct{}
+	// Close ends it: when it returns, device, netstack and flows are gone.
+	Close() error
+}
