@@ -14,8 +14,8 @@ import (
 	"github.com/mutex-proxy/mutex/flow"
 )
 
-// Status and the others are the types of the API: those of its client, so that the two cannot drift apart.
-type (
+// The types of the API are those of its client, so that the two cannot drift apart.
+type ( //nolint:revive // aliases are documented where the types are
 	Status         = client.Status
 	ConfigStatus   = client.ConfigStatus
 	ContextStatus  = client.ContextStatus
