@@ -15,29 +15,52 @@ import (
 )
 
 // The types of the API are those of its client, so that the two cannot drift apart.
-type ( //nolint:revive // aliases are documented where the types are
-	Status         = client.Status
-	ConfigStatus   = client.ConfigStatus
-	ContextStatus  = client.ContextStatus
+
+type (
+	// Status is what the daemon says about itself.
+	Status = client.Status
+	// ConfigStatus names the configuration in force.
+	ConfigStatus = client.ConfigStatus
+	// ContextStatus is one context with its counters.
+	ContextStatus = client.ContextStatus
+	// UpstreamStatus is one upstream and what is known of it.
 	UpstreamStatus = client.UpstreamStatus
-	GuardStatus    = client.GuardStatus
-	DNSStatus      = client.DNSStatus
-	Stats          = client.Stats
-	Totals         = client.Totals
-	Flow           = client.Flow
-	App            = client.App
+	// GuardStatus is the state of the guard.
+	GuardStatus = client.GuardStatus
+	// DNSStatus counts queries.
+	DNSStatus = client.DNSStatus
+	// Stats are the counters of a moment.
+	Stats = client.Stats
+	// Totals are sums over contexts.
+	Totals = client.Totals
+	// Flow is a flow in the shape of the API.
+	Flow = client.Flow
+	// App is the process a flow belongs to.
+	App = client.App
+	// ExplainRequest is a flow that need not exist.
 	ExplainRequest = client.ExplainRequest
-	Explanation    = client.Explanation
-	Condition      = client.Condition
-	KernelPath     = client.KernelPath
-	Check          = client.Check
-	Health         = client.Health
-	DNSAnswer      = client.DNSAnswer
-	DNSRecord      = client.DNSRecord
-	Event          = client.Event
-	LeaseRequest   = client.LeaseRequest
-	LeaseInfo      = client.Lease
-	Error          = client.Error
+	// Explanation says which rule decides, and why.
+	Explanation = client.Explanation
+	// Condition is one key of a rule, tried.
+	Condition = client.Condition
+	// KernelPath is how the kernel brings a flow to its context.
+	KernelPath = client.KernelPath
+	// Check is one thing that must hold.
+	Check = client.Check
+	// Health is the judgement over all checks.
+	Health = client.Health
+	// DNSAnswer is what the DNS module answers.
+	DNSAnswer = client.DNSAnswer
+	// DNSRecord is one resource record.
+	DNSRecord = client.DNSRecord
+	// Event is something that happened to the daemon.
+	Event = client.Event
+	// LeaseRequest asks for a context bound to a connection.
+	LeaseRequest = client.LeaseRequest
+	// LeaseInfo is what the caller is told of its lease.
+	LeaseInfo = client.Lease
+	// Error is an error with a code of the API.
+	Error = client.Error
 )
 
 // ErrConflict is wrapped by Start when another daemon answers on the socket, or something else holds the address of the HTTP listener.
