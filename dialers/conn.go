@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package dialers
+
+import (
+	"crypto/tls"
+	"net"
+	"sync"
+	"syscall"
+
+	"github.com/mutex-proxy/mutex/flow"
+)
+
+var (
+	_ flow.Conn    = (*TCPConn)(nil)
+	_ syscall.Conn = (*TCPConn)(nil)
+	_ flow.Conn    = (*tlsConn)(nil)
+)
+
+// TCPConn is a plain TCP socket with an abort. Nothing is buffered above its descriptor.
+type TCPConn struct {
+	*net.TCPConn
+	once    sync.Once
+	onClose func() // runs once, at the first Close or Abort; nil = nothing
+}
+
+// Close closes the socket; what is queued is still sent.
+func (c *TCPConn) Close() error {
+	err := c.TCPConn.Close()
+	c.closed()
+	return err
+}
+
+// Abort sends RST and discards what is queued. After Close it does nothing.
+func (c *TCPConn) Abort() {
+	_ = c.SetLinger(0)
+	_ = c.Close()
+}
+
+func (c *TCPConn) closed() {
+	c.once.Do(func() {
+		if c.onClose != nil {
+			c.onClose()
+		}
+	})
+}
+
+// tlsConn is a stream inside TLS. head is what arrived together with the proxy's reply and is read first.
+type tlsConn struct {
+	*tls.Conn
+	tcp  *TCPConn
+	head []byte
+}
+
+// Read returns the bytes that came with the proxy's reply before those that followed it. Only one goroutine may read.
+func (c *tlsConn) Read(p []byte) (int, error) {
+	if len(c.head) > 0 {
+		n := copy(p, c.head)
+		if c.head = c.head[n:]; len(c.head) == 0 {
+			c.head = nil
+		}
+		return n, nil
+	}
+	return c.Conn.Read(p)
+}
+
+// CloseWrite sends close_notify: the proxy reads it as end of file.
+func (c *tlsConn) CloseWrite() error { return c.Conn.CloseWrite() }
+
+// Close sends close_notify and closes the socket.
+func (c *tlsConn) Close() error {
+	err := c.Conn.Close()
+	c.tcp.closed()
+	return err
+}
+
+// Abort sends RST, without close_notify.
+func (c *tlsConn) Abort() { c.tcp.Abort() }

@@ -1,0 +1,240 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+// Package dialers speaks to upstreams: SOCKS5, HTTP CONNECT, direct, and pools of them. It opens every socket of the project, each with
+// the bypass mark, and resolves the names of upstreams themselves.
+//
+// It decides nothing (routing does) and resolves no destination (dns does, through flow.Names). The daemon builds upstreams with
+// ParseURL, New and NewPool; flow calls Dial and ListenPacket.
+package dialers
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/mutex-proxy/mutex/flow"
+)
+
+// Status is what an upstream knows about itself.
+type Status struct {
+	Name    string
+	URL     string // without the password
+	Up      bool   // false since the last attempt failed because of the upstream itself
+	Latency time.Duration
+	Active  uint64 // connections and associations open now
+	Total   uint64 // attempts
+	Errors  uint64 // attempts that failed because of the upstream itself
+	Dropped uint64 // datagrams that could not be sent or delivered
+	// What has been learned: "yes", "no" or "unknown". They are re-learned: a "no" is tried again after a while.
+	UDP, IPv6, RemoteDNS, Bind string
+}
+
+// Learned and unlearned.
+const (
+	yes     = "yes"
+	no      = "no"
+	unknown = "unknown"
+)
+
+// New returns the upstream that a Spec describes. It opens nothing; read the secret files before (Spec.ReadSecrets). reject and drop are
+// actions of routing, not upstreams.
+func New(name string, s Spec, n *Net) (flow.Dialer, error) {
+	if s.UDP == UDPOverTCP {
+		return nil, fmt.Errorf("upstream %s: udp=over-tcp is not supported yet", name)
+	}
+	switch s.Scheme {
+	case SchemeDirect:
+		return NewDirect(name, n), nil
+	case SchemeSOCKS5, SchemeSOCKS5h:
+		return newSOCKS5(name, s, n), nil
+	case SchemeHTTP, SchemeHTTPS:
+		if s.Auth == "digest" {
+			return nil, fmt.Errorf("upstream %s: auth=digest is not supported yet", name)
+		}
+		return newHTTP(name, s, n), nil
+	case SchemeReject, SchemeDrop:
+		return nil, fmt.Errorf("upstream %s: %s is an action, not a server to dial", name, s.Scheme)
+	}
+	return nil, fmt.Errorf("upstream %s: %s:// is not supported yet", name, s.Scheme)
+}
+
+// upstream is what all proxies have in common: a server, its address, counters.
+type upstream struct {
+	name string
+	spec Spec
+	net  *Net
+	host serverHost
+	stats
+	ipv6 capability
+	udp  capability
+}
+
+func (u *upstream) init(name string, s Spec, n *Net) {
+	u.name, u.spec, u.net = name, s, n
+	u.host.name = s.Host
+	u.ipv6.now, u.udp.now = n.cfg.Now, n.cfg.Now
+}
+
+// Name returns the name in the configuration.
+func (u *upstream) Name() string { return u.name }
+
+// Spec returns what the upstream was made from.
+func (u *upstream) Spec() Spec { return u.spec }
+
+// Prepare resolves the server's name. The daemon calls it before capture starts, while the machine's resolvers can still be reached by
+// everybody; later look-ups go over marked sockets.
+func (u *upstream) Prepare(ctx context.Context) error {
+	_, err := u.host.addrs(ctx, u.net)
+	return err
+}
+
+// Servers returns the addresses of the server as last resolved, without asking anybody.
+func (u *upstream) Servers() []netip.AddrPort {
+	var out []netip.AddrPort
+	for _, ip := range u.host.known() {
+		out = append(out, netip.AddrPortFrom(ip, u.spec.Port))
+	}
+	return out
+}
+
+// connect opens a TCP connection to the server. Errors wrap flow.ErrUpstream, unless the caller gave up.
+func (u *upstream) connect(ctx context.Context) (*TCPConn, error) {
+	begin := u.net.cfg.Now()
+	c, err := u.host.dial(ctx, u.net, u.spec.Port)
+	if err != nil {
+		return nil, u.fault(ctx, "connect", err)
+	}
+	u.observe(u.net.cfg.Now().Sub(begin))
+	return c, nil
+}
+
+// fault wraps an error that the upstream itself is to blame for. A caller that gave up (a closed application, a lost race) blames nobody.
+func (u *upstream) fault(ctx context.Context, op string, err error) error {
+	if errors.Is(ctx.Err(), context.Canceled) {
+		return u.wrap(op, context.Cause(ctx))
+	}
+	return u.wrap(op, fmt.Errorf("%w: %w", flow.ErrUpstream, err))
+}
+
+func (u *upstream) wrap(op string, err error) error {
+	return fmt.Errorf("%s %s: %s: %w", u.spec.Scheme, u.spec.Server(), op, err)
+}
+
+// handshake runs f on a new connection and closes the connection if f fails. All waits of f end with ctx.
+func handshake(ctx context.Context, c net.Conn, f func() error) error {
+	if deadline, ok := ctx.Deadline(); ok {
+		_ = c.SetDeadline(deadline)
+	} else {
+		_ = c.SetDeadline(time.Now().Add(maxHandshake))
+	}
+	stop := context.AfterFunc(ctx, func() { _ = c.SetDeadline(time.Unix(1, 0)) })
+	err := f()
+	if !stop() && err == nil { // the deadline in the past may be set after ours is cleared
+		err = context.Cause(ctx)
+	}
+	if err == nil {
+		err = c.SetDeadline(time.Time{})
+	}
+	return err
+}
+
+// maxHandshake ends a handshake whose caller gave no deadline.
+const maxHandshake = time.Minute
+
+// done counts the end of an attempt.
+func (u *upstream) done(err error) {
+	u.total.Add(1)
+	switch {
+	case err == nil:
+		u.down.Store(false)
+	case errors.Is(err, flow.ErrUpstream):
+		u.errors.Add(1)
+		u.down.Store(true)
+	}
+}
+
+func (u *upstream) status() Status {
+	return Status{
+		Name: u.name, URL: u.spec.String(), Up: !u.down.Load(), Latency: time.Duration(u.latency.Load()),
+		Active: uint64(max(0, u.active.Load())), Total: u.total.Load(), Errors: u.errors.Load(),
+		UDP: u.udp.String(), IPv6: u.ipv6.String(), RemoteDNS: unknown, Bind: unknown,
+		Dropped: u.dropped.Load(),
+	}
+}
+
+// track counts a connection as active until it is closed.
+func (u *upstream) track(c *TCPConn) {
+	u.active.Add(1)
+	c.onClose = func() { u.active.Add(-1) }
+}
+
+// stats are the counters of one upstream.
+type stats struct {
+	total, errors atomic.Uint64
+	active        atomic.Int64
+	latency       atomic.Int64 // ns, moving average of the time the server took to accept a connection
+	dropped       atomic.Uint64
+	down          atomic.Bool
+}
+
+// observe updates the moving average with weight 1/8, as TCP does for its round-trip time (RFC 6298). A lost update does not matter.
+func (s *stats) observe(d time.Duration) {
+	old := s.latency.Load()
+	if old == 0 {
+		s.latency.Store(int64(d))
+		return
+	}
+	s.latency.Store(old + (int64(d)-old)/8)
+}
+
+// dialContext is DialContext of golang.org/x/net/proxy over a flow.Dialer.
+func dialContext(ctx context.Context, d flow.Dialer, network, address string) (net.Conn, error) {
+	switch network {
+	case "tcp", "tcp4", "tcp6":
+	default:
+		return nil, net.UnknownNetworkError(network)
+	}
+	dst, err := ParseAddr(address)
+	if err != nil {
+		return nil, err
+	}
+	return d.Dial(ctx, dst)
+}
+
+// ParseAddr reads host:port, where host is a name or an IP literal.
+func ParseAddr(address string) (flow.Addr, error) {
+	host, port, err := net.SplitHostPort(address)
+	if err != nil {
+		return flow.Addr{}, err
+	}
+	n, err := strconv.ParseUint(port, 10, 16)
+	if err != nil {
+		return flow.Addr{}, &net.AddrError{Err: "invalid port", Addr: address}
+	}
+	if ip, err := netip.ParseAddr(host); err == nil {
+		return flow.AddrFrom(netip.AddrPortFrom(ip, uint16(n))), nil
+	}
+	if host == "" {
+		return flow.Addr{}, &net.AddrError{Err: "missing host", Addr: address}
+	}
+	return flow.Addr{Host: strings.ToLower(strings.TrimSuffix(host, ".")), Port: uint16(n)}, nil
+}
+
+// sendable reports whether a name can be put into a request: DNS limits, and no byte that could end a line or a field.
+func sendable(host string) bool {
+	if host == "" || len(host) > 253 {
+		return false
+	}
+	for _, c := range []byte(host) {
+		if c <= ' ' || c >= 0x7f || strings.IndexByte(`/\@:?#[]"<>`, c) >= 0 {
+			return false
+		}
+	}
+	return true
+}

@@ -1,0 +1,310 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package dialers
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/mutex-proxy/mutex/flow"
+)
+
+const (
+	// maxHead bounds the header of a reply, 1xx replies included. The largest real ones (squid's errors) have 2 KB.
+	maxHead = 32 << 10
+	// peekSize is how much of a header is looked at in one system call.
+	peekSize = 2048
+	// maxErrorBody bounds what is read of an error page, and bodyWait for how long: it arrives with the header or is not worth waiting
+	// for while an application's SYN is held.
+	maxErrorBody = 2048
+	bodyWait     = 200 * time.Millisecond
+)
+
+// HTTP is an HTTP proxy asked with CONNECT (RFC 9110 section 9.3.6), in the clear or inside TLS (https). It is sent names. Credentials
+// are Basic (RFC 7617) or Bearer (RFC 6750). It carries no UDP.
+type HTTP struct {
+	upstream
+	tls *tls.Config // nil for http
+}
+
+func newHTTP(name string, s Spec, n *Net) *HTTP {
+	h := new(HTTP)
+	h.init(name, s, n)
+	if s.Scheme == SchemeHTTPS {
+		h.tls = tlsConfig(&s, "http/1.1")
+	}
+	return h
+}
+
+func tlsConfig(s *Spec, proto string) *tls.Config {
+	name := s.SNI
+	if name == "" {
+		name = s.Host
+	}
+	return &tls.Config{
+		ServerName: name, MinVersion: tls.VersionTLS12, InsecureSkipVerify: s.Insecure, NextProtos: []string{proto},
+		ClientSessionCache: tls.NewLRUClientSessionCache(8),
+	}
+}
+
+// Status returns the counters and what has been learned.
+func (h *HTTP) Status() Status {
+	st := h.status()
+	st.UDP, st.Bind, st.RemoteDNS = no, no, yes
+	return st
+}
+
+func (h *HTTP) takesNames() bool { return true }
+
+// DialContext is Dial for golang.org/x/net/proxy.
+func (h *HTTP) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
+	return dialContext(ctx, h, network, address)
+}
+
+// ListenPacket wraps errors.ErrUnsupported.
+func (h *HTTP) ListenPacket(context.Context, *flow.Flow) (flow.PacketConn, error) {
+	return nil, h.wrap("udp", errors.ErrUnsupported)
+}
+
+// Dial asks the upstream for a connection to dst. Over http the result is a plain socket, over https it is not.
+func (h *HTTP) Dial(ctx context.Context, dst flow.Addr) (flow.Conn, error) {
+	c, err := h.dial(ctx, dst)
+	h.done(err)
+	return c, err
+}
+
+func (h *HTTP) dial(ctx context.Context, dst flow.Addr) (flow.Conn, error) {
+	op := "connect " + dst.String()
+	v6 := dst.Host == "" && dst.IP.Is6() && !dst.IP.Is4In6()
+	switch {
+	case dst.Host != "" && !sendable(dst.Host):
+		return nil, h.wrap("connect", fmt.Errorf("%w: not a name that can be sent", flow.ErrHostUnreachable))
+	case dst.Host == "" && !dst.IP.IsValid():
+		return nil, h.wrap("connect", fmt.Errorf("%w: no destination", flow.ErrHostUnreachable))
+	case v6 && !h.ipv6.allowed():
+		return nil, h.wrap(op, fmt.Errorf("%w: the upstream has no IPv6", flow.ErrNetUnreachable))
+	}
+	tcp, err := h.connect(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var conn flow.Conn = tcp
+	err = handshake(ctx, tcp, func() error {
+		if h.tls == nil {
+			return h.request(tcp, &socketHead{c: tcp}, dst)
+		}
+		tc := tls.Client(tcp.TCPConn, h.tls)
+		if err := tc.HandshakeContext(ctx); err != nil {
+			return fmt.Errorf("tls: %w: %w", flow.ErrUpstream, err)
+		}
+		head := &streamHead{r: tc}
+		err := h.request(tc, head, dst)
+		conn = &tlsConn{Conn: tc, tcp: tcp, head: head.left}
+		return err
+	})
+	if v6 {
+		h.learnIPv6(err)
+	}
+	if err != nil {
+		tcp.Abort()
+		return nil, h.ended(ctx, op, err)
+	}
+	h.track(tcp)
+	return conn, nil
+}
+
+// request sends CONNECT and reads the reply up to the end of its header.
+func (h *HTTP) request(c io.ReadWriter, head headReader, dst flow.Addr) error {
+	req, secrets := h.head(dst)
+	_, err := c.Write(req)
+	clear(req)
+	if err != nil {
+		return fmt.Errorf("request: %w: %w", flow.ErrUpstream, err)
+	}
+	raw, err := readHead(head)
+	if err != nil {
+		if timedOut(err) {
+			// Whether the proxy hangs or the destination does cannot be told apart.
+			return fmt.Errorf("%w: no reply", flow.ErrTimeout)
+		}
+		if len(raw) == 0 && errors.Is(err, io.EOF) {
+			return fmt.Errorf("%w: %w", flow.ErrHostUnreachable, errNoReply)
+		}
+		return fmt.Errorf("reply: %w: %w", flow.ErrUpstream, noEOF(err))
+	}
+	r, err := parseHead(raw)
+	if err != nil {
+		return fmt.Errorf("reply: %w: %w", flow.ErrUpstream, err)
+	}
+	if r.status/100 == 2 {
+		return nil
+	}
+	return &statusError{cause: r.meaning(), text: quote(r.describe(head.body()), secrets...)}
+}
+
+// head returns the request, and what of it must never be shown again.
+func (h *HTTP) head(dst flow.Addr) (req []byte, secrets []string) {
+	target := flow.Addr{Host: dst.Host, IP: dst.IP.Unmap().WithZone(""), Port: dst.Port}.String()
+	req = append(req, "CONNECT "+target+" HTTP/1.1\r\nHost: "+target+"\r\n"...)
+	cred := ""
+	switch token := h.spec.Token; {
+	case h.spec.Auth == "bearer" && token.IsZero():
+		token = h.spec.Password
+		fallthrough
+	case !token.IsZero():
+		cred = "Bearer " + token.Reveal()
+		secrets = append(secrets, token.Reveal())
+	case h.spec.HasUser:
+		plain := h.spec.Username + ":" + h.spec.Password.Reveal()
+		code := base64.StdEncoding.EncodeToString([]byte(plain))
+		cred = "Basic " + code
+		secrets = append(secrets, code, h.spec.Password.Reveal())
+	}
+	if cred != "" {
+		req = append(req, "Proxy-Authorization: "+cred+"\r\n"...)
+	}
+	return append(req, "\r\n"...), secrets
+}
+
+// headReader hands out the bytes of a reply's header, and keeps what follows it.
+type headReader interface {
+	// more returns the next bytes of the header, up to its end as found by scan, at least one. What scan does not take stays unread.
+	more(scan func([]byte) int) ([]byte, error)
+	// body returns the first bytes of an error page, if there are any now.
+	body() []byte
+}
+
+// readHead reads headers until one that is not 1xx, and returns that.
+func readHead(h headReader) ([]byte, error) {
+	var raw []byte
+	for total := 0; ; {
+		end := headEnd{}
+		part, err := h.more(end.scan)
+		raw = append(raw, part...)
+		for err == nil && !end.done && total+len(raw) <= maxHead {
+			part, err = h.more(end.scan)
+			raw = append(raw, part...)
+		}
+		total += len(raw)
+		switch {
+		case err != nil:
+			return raw, err
+		case !end.done || total > maxHead:
+			return raw, errors.New("header too large")
+		case len(raw) > 9 && raw[9] == '1' && !hasStatus(raw, "101"): // RFC 9110 section 15.2: any number of interim replies
+			raw = raw[:0]
+			continue
+		}
+		return raw, nil
+	}
+}
+
+// headEnd finds the empty line that ends a header, over several pieces. A line may end in LF alone (RFC 9112 section 2.2).
+type headEnd struct {
+	last [2]byte // the line so far: only whether it is empty, or a lone CR, matters
+	n    int     // its length, at most 2
+	seen bool    // a line has ended before
+	done bool
+}
+
+// scan returns how many bytes of p belong to the header.
+func (e *headEnd) scan(p []byte) int {
+	for i, c := range p {
+		if c == '\n' {
+			if e.seen && (e.n == 0 || e.n == 1 && e.last[0] == '\r') {
+				e.done = true
+				return i + 1
+			}
+			e.seen, e.n = true, 0
+			continue
+		}
+		if e.n < len(e.last) {
+			e.last[e.n] = c
+			e.n++
+		}
+	}
+	return len(p)
+}
+
+// socketHead reads a header from a plain socket. It looks before it reads (MSG_PEEK), so that what follows the header is still in the
+// socket when flow gets it, and bytes can go from socket to netstack without a buffer of ours between.
+type socketHead struct{ c *TCPConn }
+
+func (s *socketHead) more(scan func([]byte) int) ([]byte, error) {
+	buf := make([]byte, peekSize)
+	raw, err := s.c.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	var n int
+	var rerr error
+	err = raw.Read(func(fd uintptr) bool {
+		for {
+			n, _, rerr = unix.Recvfrom(int(fd), buf, unix.MSG_PEEK|unix.MSG_DONTWAIT)
+			if !errors.Is(rerr, unix.EINTR) {
+				return !errors.Is(rerr, unix.EAGAIN)
+			}
+		}
+	})
+	if err == nil {
+		err = rerr
+	}
+	if err != nil {
+		return nil, err
+	}
+	if n == 0 {
+		return nil, io.EOF
+	}
+	part := buf[:scan(buf[:n])]
+	_, err = io.ReadFull(s.c, part) // the same bytes, now taken
+	return part, err
+}
+
+func (s *socketHead) body() []byte { return errorPage(s.c) }
+
+// streamHead reads a header from a stream that cannot be looked into (TLS). What it reads too much is in left.
+type streamHead struct {
+	r    net.Conn
+	left []byte
+}
+
+func (s *streamHead) more(scan func([]byte) int) ([]byte, error) {
+	p := s.left
+	if len(p) == 0 {
+		p = make([]byte, peekSize)
+		n, err := s.r.Read(p)
+		if n == 0 && err == nil {
+			err = io.ErrNoProgress
+		}
+		if n == 0 {
+			return nil, err
+		}
+		p = p[:n]
+	}
+	k := scan(p)
+	s.left = p[k:]
+	return p[:k], nil
+}
+
+func (s *streamHead) body() []byte {
+	if len(s.left) > 0 {
+		return s.left
+	}
+	return errorPage(s.r)
+}
+
+// errorPage reads the first bytes of an error page. The connection is of no use afterwards.
+func errorPage(c net.Conn) []byte {
+	_ = c.SetReadDeadline(time.Now().Add(bodyWait))
+	buf := make([]byte, maxErrorBody)
+	n, _ := c.Read(buf)
+	return buf[:n]
+}
