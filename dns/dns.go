@@ -75,7 +75,7 @@ type Rule struct {
 	DomainSuffix []string
 	// Servers are asked for these names instead of Config.Servers; empty means those.
 	Servers []string
-	// Via is the upstream to Servers; nil means Config.Via.
+	// Via is the upstream to the servers, also to Config.Servers where the rule has none of its own; nil means Config.Via.
 	Via flow.Dialer
 	// Block answers NXDOMAIN.
 	Block bool
@@ -117,6 +117,7 @@ type Stats struct {
 	Dropped   uint64 // not read or not answered because a bound was reached
 	Fakes     int    // names that have a fake IP now
 	Cached    int    // answers in the cache now
+	Names     int    // real addresses whose name is known
 }
 
 // LogEntry is one answered query.
