@@ -42,7 +42,7 @@ type HandlerConfig struct {
 	DialTimeout time.Duration // of one flow, all attempts of a pool together; 0 = DefaultDialTimeout
 	ICMP        ICMPMode
 	Log         *zap.Logger      // nil = none
-	Now         func() time.Time // nil = time.Now
+	Now         func() time.Time // nil = the table's
 }
 
 // Handler is the life of every flow of one context. stack calls TCP, UDP and Echo, each from a goroutine of its own.
@@ -74,17 +74,18 @@ func NewHandler(cfg HandlerConfig) *Handler {
 	if cfg.Log == nil {
 		cfg.Log = zap.NewNop()
 	}
-	if cfg.Now == nil {
-		cfg.Now = time.Now
-	}
 	if cfg.Table == nil {
 		cfg.Table = NewTable(TableConfig{Context: cfg.Context, Log: cfg.Log, Now: cfg.Now})
+	}
+	if cfg.Now == nil {
+		cfg.Now = cfg.Table.cfg.Now
 	}
 	h := &Handler{
 		cfg: cfg, table: cfg.Table, names: cfg.Names,
 		dials:   make(chan struct{}, maxDials),
 		queries: make(chan struct{}, maxQueries),
 		buffers: newBufferPool(),
+		echo:    newEchoCache(),
 		lives:   make(map[uint64]context.CancelCauseFunc),
 	}
 	h.rules.Store(&ruleSet{blockAll{}})

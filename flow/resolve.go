@@ -137,14 +137,15 @@ func readMessage(r io.Reader) ([]byte, error) {
 	if n < minMessage {
 		return nil, fmt.Errorf("%w: a message of %d bytes", errFraming, n)
 	}
-	msg := make([]byte, n)
-	if _, err := io.ReadFull(r, msg); err != nil {
+	// Grown as bytes arrive: a length alone, promised on many connections, must not cost 64 KiB each.
+	var msg bytes.Buffer
+	if _, err := io.CopyN(&msg, r, int64(n)); err != nil {
 		if errors.Is(err, io.EOF) {
 			err = io.ErrUnexpectedEOF
 		}
 		return nil, err
 	}
-	return msg, nil
+	return msg.Bytes(), nil
 }
 
 // frame puts the length before a message, for a single write (RFC 7766 section 8).

@@ -107,7 +107,7 @@ func (t *Table) Stats() TableStats {
 	for r := range dropReasons {
 		st.Dropped[r.String()] = t.drops[r].Load()
 	}
-	st.Watchers, st.Missed = t.watchers.stats()
+	st.Watchers, st.Missed = t.watcherStats()
 	return st
 }
 

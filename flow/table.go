@@ -149,7 +149,9 @@ func (t *Table) add(f *Flow, kill func(error)) (*entry, error) {
 }
 
 // clock returns nanoseconds since the table was made; monotonic when Config.Now is.
-func (t *Table) clock() int64 { return int64(t.cfg.Now().Sub(t.epoch)) }
+func (t *Table) clock() int64 { return t.clockAt(t.cfg.Now()) }
+
+func (t *Table) clockAt(now time.Time) int64 { return int64(now.Sub(t.epoch)) }
 
 // evict ends the flow that has been idle longest, and reports whether there was one.
 //

@@ -47,7 +47,7 @@ type watchers struct {
 func (t *Table) Watch(buffer int) *Watch {
 	c := make(chan Event, max(1, buffer))
 	w := &Watch{C: c, c: c, from: &t.watchers}
-	t.watchers.change(func(l []*Watch) []*Watch { return append(l, w) })
+	t.change(func(l []*Watch) []*Watch { return append(l, w) })
 	return w
 }
 
@@ -89,7 +89,7 @@ func (ws *watchers) publish(ev Event) {
 	}
 }
 
-func (ws *watchers) stats() (n int, missed uint64) {
+func (ws *watchers) watcherStats() (n int, missed uint64) {
 	if p := ws.list.Load(); p != nil {
 		n = len(*p)
 	}
