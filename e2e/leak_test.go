@@ -4,8 +4,10 @@ package e2e
 
 import (
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -57,17 +59,113 @@ func TestProbesLeakWithoutCapture(t *testing.T) {
 		// What the origin, the traps or the kernel answer must have been answered: a probe that never works proves nothing.
 		silent := strings.Contains(p.Name, "PKTINFO") || strings.Contains(p.Name, "raw") || strings.Contains(p.Name, "multicast") ||
 			strings.HasPrefix(p.Name, "dns") && !strings.Contains(p.Name, "127.") && !strings.Contains(p.Name, "::1 ")
-		if !silent && !contains(answered, p.Name) {
+		if !silent && !slices.Contains(answered, p.Name) {
 			t.Errorf("probe %q was not answered", p.Name)
 		}
 	}
 }
 
-func contains(list []string, s string) bool {
-	for _, e := range list {
-		if e == s {
-			return true
+// TestLeakGlobal records the uplink through the whole life of a daemon: start, work, foreign routes, reload, kill -9, next start, down.
+func TestLeakGlobal(t *testing.T) {
+	l := lab.New(t, lab.Options{})
+	s := l.Dante(t, 1080, false)
+	before := l.Snapshot(t)
+	trap := lab.NewTrap(t, l.Client, lab.LoopbackResolvers()...)
+	cp, mon := l.Capture(t), l.StartMonitor(t)
+	allow := upstreamOnly(s)
+	m := l.Mprox(t)
+	m.WriteConfig(globalConfig(s, `"dns": { "mode": "fakeip" },`))
+
+	started := time.Now()
+	flood := l.StartFlood(t)
+	lab.Poll(50*time.Millisecond, func() bool { return false }) // something must leave before the start, or the flood proves nothing
+	m.Up("-c", m.ConfigPath())
+	first := mon.First(started)
+	if first.IsZero() {
+		t.Fatal("mprox changed nothing in the kernel")
+	}
+	closed := first.Add(startGrace)
+	trap.Reset()
+	checkLeaks := func(phase string) {
+		t.Helper()
+		answered := l.Client.Probe(lab.Probes())
+		t.Logf("%s: answered %s", phase, strings.Join(answered, ", "))
+		for _, a := range answered {
+			if strings.Contains(a, "SO_BINDTODEV") || strings.Contains(a, "UNICAST_IF") {
+				t.Errorf("%s: %s was answered", phase, a)
+			}
 		}
 	}
-	return false
+	checkLeaks("running")
+
+	// TunnelVision: routes that win over a default route must not win over the capture.
+	for _, route := range []string{"0.0.0.0/1 via 192.168.77.1", "128.0.0.0/1 via 192.168.77.1", "198.51.100.0/25 dev eth0", "198.51.100.80/32 via 192.168.77.53", "2000::/4 via 2001:db8:1::1"} {
+		l.Client.IP(t, "route add "+route)
+	}
+	checkLeaks("with foreign routes")
+	checkProxied(t, l)
+
+	m.WriteConfig(globalConfig(s, `"dns": { "mode": "fakeip" }, "rules": [ { "port": 9999, "upstream": "reject" } ],`))
+	if r := m.CLI("reload"); r.Code != 0 {
+		t.Errorf("reload: %v", r)
+	}
+	checkLeaks("after reload")
+
+	m.Kill()
+	if answered := l.Client.Probe(lab.Probes()); len(answered) > 0 {
+		t.Errorf("answered while the daemon is dead: %v", answered)
+	}
+	m.Up("-c", m.ConfigPath())
+	checkLeaks("after the next start")
+	checkProxied(t, l)
+	flood.Stop()
+	pkts := cp.Packets() // before the stop: after it, everything may leave
+	allow.Check(t, since(pkts, closed))
+	trap.Check(t)
+	t.Logf("%d packets sent by the flood, %d on the wire", flood.Sent.Load(), len(pkts))
+
+	for _, route := range []string{"0.0.0.0/1", "128.0.0.0/1", "198.51.100.0/25", "198.51.100.80/32", "2000::/4"} {
+		l.Client.IP(t, "route del "+route)
+	}
+	if r := m.CLI("down"); r.Code != 0 {
+		t.Errorf("down: %v", r)
+	}
+	if d := before.Diff(l.Snapshot(t)); d != "" {
+		t.Errorf("left behind:\n%s", d)
+	}
+}
+
+// startGrace is how long after its first change in the kernel the program may take to close everything: the time of a few netlink
+// transactions on a busy machine.
+const startGrace = 150 * time.Millisecond
+
+func since(pkts []lab.Packet, at time.Time) []lab.Packet {
+	return slices.DeleteFunc(slices.Clone(pkts), func(p lab.Packet) bool { return p.At.Before(at) })
+}
+
+// TestLeakCleanup records what leaves between a kill -9 and the end of cleanup and down.
+func TestLeakCleanup(t *testing.T) {
+	l := lab.New(t, lab.Options{})
+	s := l.Dante(t, 1080, false)
+	before := l.Snapshot(t)
+	for _, how := range []string{"cleanup", "down"} {
+		cp := l.Capture(t)
+		m := l.Mprox(t)
+		m.Up("--proxy", s.URL())
+		cp.Reset()
+		m.Kill()
+		flood := l.StartFlood(t)
+		l.Client.Probe(lab.Probes())
+		flood.Stop()
+		upstreamOnly(s).Check(t, cp.Packets())
+		if r := m.CLI(how); r.Code != 0 {
+			t.Errorf("%s after kill -9: %v", how, r)
+		}
+		if d := before.Diff(l.Snapshot(t)); d != "" {
+			t.Errorf("%s after kill -9 left:\n%s", how, d)
+		}
+		if out := mustCurl(t, l, originURL(true, "/")); !strings.Contains(out, lab.ClientV6.String()) {
+			t.Errorf("after %s: %q", how, out)
+		}
+	}
 }

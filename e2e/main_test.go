@@ -45,13 +45,6 @@ func originURL(v6 bool, path string) string {
 	return fmt.Sprintf("http://%s%s", lab.OriginV4, path)
 }
 
-// port53 is the list of every resolver address of the client's own namespace and of the LAN that must never see a captured query.
-func traps(t *testing.T, l *lab.Lab) *lab.Trap {
-	t.Helper()
-	local := lab.NewTrap(t, l.Client, lab.LoopbackResolvers()...)
-	return local
-}
-
 // within runs f and fails the test if it takes longer than d.
 func within(t *testing.T, d time.Duration, what string, f func()) {
 	t.Helper()

@@ -35,6 +35,7 @@ var (
 	ProxyV6   = netip.MustParseAddr("2001:db8:2::10")
 	ExitV4    = netip.MustParseAddr("198.51.100.1") // the proxy host as the origin sees it
 	ExitV6    = netip.MustParseAddr("2001:db8:3::1")
+	Exit2V4   = netip.MustParseAddr("198.51.100.2") // a second address of the proxy host, for a second upstream
 	OriginV4  = netip.MustParseAddr("198.51.100.80")
 	OriginV6  = netip.MustParseAddr("2001:db8:3::80")
 
@@ -208,6 +209,7 @@ func (l *Lab) wire() error {
 		{l.Proxy, []string{
 			"link add eth1 type veth peer name eth0 netns " + l.OriginNS.Name,
 			"link set eth1 up", "addr add " + ExitV4.String() + "/24 dev eth1", "addr add " + ExitV6.String() + "/64 dev eth1 nodad",
+			"addr add " + Exit2V4.String() + "/24 dev eth1",
 			"route add unreachable " + UnreachableV4.String() + "/32", "route add unreachable " + UnreachableV6.String() + "/128",
 		}},
 		{l.OriginNS, []string{

@@ -3,8 +3,11 @@
 package lab
 
 import (
+	"bytes"
 	"context"
+	"encoding/binary"
 	"fmt"
+	"io"
 	"net/netip"
 	"strings"
 	"testing"
@@ -89,4 +92,51 @@ func TestRelay(t *testing.T) {
 	}
 	out, err := l.Client.Output(ctx, "ping", "-c", "3", "-i", "0.1", OriginV6.String())
 	t.Log(out, err)
+}
+
+// TestDanteUDP finds out what dante itself carries, by a SOCKS5 client of a few lines, so that a test of mprox blames the right program.
+func TestDanteUDP(t *testing.T) {
+	l := New(t, Options{})
+	s := l.Dante(t, 1080, false)
+	ctl, err := l.Client.Dial("tcp", s.Addr.String(), 5*time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ctl.Close()
+	_, _ = ctl.Write([]byte{5, 1, 0})
+	buf := make([]byte, 70000)
+	if _, err := io.ReadFull(ctl, buf[:2]); err != nil {
+		t.Fatal(err)
+	}
+	_, _ = ctl.Write([]byte{5, 3, 0, 1, 0, 0, 0, 0, 0, 0})
+	if _, err := io.ReadFull(ctl, buf[:10]); err != nil || buf[1] != 0 {
+		t.Fatal(err, buf[:10])
+	}
+	relay := netip.AddrPortFrom(netip.AddrFrom4([4]byte(buf[4:8])), binary.BigEndian.Uint16(buf[8:10]))
+	c, err := l.Client.Dial("udp", relay.String(), time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	v4 := append([]byte{0, 0, 0, 1}, OriginV4.AsSlice()...)
+	v6 := append([]byte{0, 0, 0, 4}, OriginV6.AsSlice()...)
+	for _, n := range []int{1, 1400, 8000, 20000, 40000, 65000, 65485, 65497} {
+		for name, head := range map[string][]byte{"v4": v4, "v6": v6} {
+			if name == "v6" && n > 65485 {
+				continue
+			}
+			d := append(append([]byte{}, head...), 0, PortEcho)
+			d = append(d, Block(n)...)
+			if _, err := c.Write(d); err != nil {
+				t.Errorf("%s %d: %v", name, n, err)
+				continue
+			}
+			_ = c.SetReadDeadline(time.Now().Add(2 * time.Second))
+			k, err := c.Read(buf)
+			if err != nil || k != len(d) || !bytes.Equal(buf[len(head)+2:k], Block(n)) {
+				t.Errorf("%s %d: %d bytes, %v", name, n, k, err)
+			}
+		}
+	}
+	t.Log(s.Log)
 }

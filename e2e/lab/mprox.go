@@ -328,3 +328,17 @@ func (m *Mprox) RSS() int64 {
 	}
 	return rss * int64(os.Getpagesize())
 }
+
+// PublicBinary returns a copy of the program that any user may execute.
+func (l *Lab) PublicBinary(t *testing.T) string {
+	t.Helper()
+	b, err := os.ReadFile(Binary(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := filepath.Join(l.Dir, "mprox")
+	if err := os.WriteFile(p, b, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return p
+}

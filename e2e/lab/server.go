@@ -124,12 +124,18 @@ func answers(n *NS, a netip.AddrPort) bool {
 // Dante starts a SOCKS5 server that carries TCP and UDP over both families.
 func (l *Lab) Dante(t *testing.T, port uint16, auth bool) *Server {
 	t.Helper()
+	return l.DanteVia(t, port, auth, "eth1")
+}
+
+// DanteVia is Dante with an external interface or address of its own: an IPv4 address alone makes an upstream without IPv6.
+func (l *Lab) DanteVia(t *testing.T, port uint16, auth bool, external string) *Server {
+	t.Helper()
 	method, pass := "none", ""
 	if auth {
 		method, pass = "username", Password
 	}
 	var b strings.Builder
-	fmt.Fprintf(&b, "logoutput: stderr\ninternal: wan0 port = %d\nexternal: eth1\nsocksmethod: %s\nclientmethod: none\n", port, method)
+	fmt.Fprintf(&b, "logoutput: stderr\ninternal: wan0 port = %d\nexternal: %s\nsocksmethod: %s\nclientmethod: none\n", port, external, method)
 	b.WriteString("user.privileged: root\nuser.unprivileged: nobody\ntimeout.connect: 5\n")
 	for _, fam := range []string{"0.0.0.0/0", "::/0"} {
 		fmt.Fprintf(&b, "client pass {\n from: %s to: 0.0.0.0/0\n log: error\n}\n", fam)
