@@ -1,0 +1,323 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package daemon
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+
+	"go.uber.org/zap"
+
+	"github.com/mutex-proxy/mutex/config"
+	"github.com/mutex-proxy/mutex/dialers"
+	"github.com/mutex-proxy/mutex/dns"
+	"github.com/mutex-proxy/mutex/flow"
+	"github.com/mutex-proxy/mutex/routing"
+)
+
+// direct is the built-in upstream that dials without a proxy.
+const direct = "direct"
+
+// upstreams is what the upstreams and pools of a configuration become. Building touches nothing but the secret files it names.
+type upstreams struct {
+	cfg     *config.Config
+	dialers map[string]flow.Dialer // upstreams, pools and direct
+	actions map[string]flow.Action // upstreams with a reject:// or drop:// URL
+}
+
+// Check reports everything that is wrong with a configuration that parses: what its URLs, rules and servers mean. The error is a
+// config.Errors with positions.
+func Check(cfg *config.Config) error {
+	ups, err := buildUpstreams(cfg, dialers.NewNet(dialers.NetConfig{}), nil)
+	if err != nil {
+		return err
+	}
+	var errs config.Errors
+	for _, name := range slices.Sorted(maps.Keys(cfg.Contexts)) {
+		if _, err := buildDNS(cfg, name, ups, dnsEnv{log: zap.NewNop()}); err != nil {
+			errs = append(errs, locate(cfg, err)...)
+		}
+		if _, err := buildRules(cfg, name, ups, nil); err != nil {
+			errs = append(errs, locate(cfg, err)...)
+		}
+	}
+	if len(errs) > 0 {
+		return errs
+	}
+	return nil
+}
+
+// buildUpstreams makes the upstreams and pools. What old has that has not changed is kept, with what it has learned and counted.
+func buildUpstreams(cfg *config.Config, net *dialers.Net, old *upstreams) (*upstreams, error) {
+	u := &upstreams{cfg: cfg, dialers: make(map[string]flow.Dialer), actions: make(map[string]flow.Action)}
+	var errs config.Errors
+	for _, name := range slices.Sorted(maps.Keys(cfg.Upstreams)) {
+		if err := u.add(name, net, old); err != nil {
+			path := configPath("upstreams", name)
+			if ue, ok := errors.AsType[*dialers.URLError](err); ok {
+				path, err = path+".url", ue
+			}
+			errs = append(errs, cfg.ErrorAt(path, err, ""))
+		}
+	}
+	if _, ok := u.dialers[direct]; !ok {
+		if d := old.unchanged(direct, cfg); d != nil {
+			u.dialers[direct] = d
+		} else {
+			u.dialers[direct] = dialers.NewDirect(direct, net)
+		}
+	}
+	if len(errs) > 0 {
+		return nil, errs
+	}
+	// Members before the pools they are in: config has made sure that there are no cycles.
+	for len(u.dialers)+len(u.actions) < len(cfg.Upstreams)+len(cfg.Pools)+1 {
+		before := len(u.dialers)
+		for _, name := range slices.Sorted(maps.Keys(cfg.Pools)) {
+			if err := u.addPool(name, old); err != nil {
+				return nil, config.Errors{cfg.ErrorAt(configPath("pools", name), err, "")}
+			}
+		}
+		if len(u.dialers) == before {
+			break
+		}
+	}
+	return u, nil
+}
+
+// add makes one upstream.
+func (u *upstreams) add(name string, net *dialers.Net, old *upstreams) error {
+	c := u.cfg.Upstreams[name]
+	spec, err := dialers.ParseURL(c.URL.Reveal())
+	if err != nil {
+		return err
+	}
+	switch spec.Scheme {
+	case dialers.SchemeReject:
+		u.actions[name] = flow.Block
+		return nil
+	case dialers.SchemeDrop:
+		u.actions[name] = flow.Drop
+		return nil
+	}
+	if d := old.unchanged(name, u.cfg); d != nil {
+		u.dialers[name] = d
+		return nil
+	}
+	authenticate(&spec, c.Auth)
+	if err := spec.ReadSecrets(); err != nil {
+		return err
+	}
+	d, err := dialers.New(name, spec, net)
+	if err != nil {
+		return err
+	}
+	u.dialers[name] = d
+	return nil
+}
+
+// authenticate puts the credentials that are not in the URL into the spec. config has read the files.
+func authenticate(s *dialers.Spec, a config.Auth) {
+	if a.Type != "" {
+		s.Auth = a.Type
+	}
+	if a.Username != "" {
+		s.Username, s.HasUser = a.Username, true
+	}
+	if a.Password != "" {
+		s.Password, s.HasPassword = dialers.Secret(a.Password.Reveal()), true
+	}
+	if a.Token != "" {
+		s.Token = dialers.Secret(a.Token.Reveal())
+	}
+}
+
+// addPool makes one pool, unless a member of it is still missing.
+func (u *upstreams) addPool(name string, old *upstreams) error {
+	if _, done := u.dialers[name]; done {
+		return nil
+	}
+	c := u.cfg.Pools[name]
+	members := make([]flow.Dialer, 0, len(c.Members))
+	for _, m := range c.Members {
+		d, ok := u.dialers[m]
+		if !ok {
+			if _, action := u.actions[m]; action || m == "reject" || m == "drop" {
+				return fmt.Errorf("member %s is an action, not a server", m)
+			}
+			return nil
+		}
+		members = append(members, d)
+	}
+	if d := old.unchangedPool(name, u, members); d != nil {
+		u.dialers[name] = d
+		return nil
+	}
+	pool, err := dialers.NewPool(name, c.Strategy, members, u.poolConfig(c))
+	if err != nil {
+		return err
+	}
+	u.dialers[name] = pool
+	return nil
+}
+
+// unchanged returns the upstream that old has for an unchanged configuration of it, or nil.
+func (u *upstreams) unchanged(name string, cfg *config.Config) flow.Dialer {
+	if u == nil || !reflect.DeepEqual(u.cfg.Upstreams[name], cfg.Upstreams[name]) {
+		return nil
+	}
+	return u.dialers[name]
+}
+
+// unchangedPool is unchanged for pools: configuration and members are the same.
+func (u *upstreams) unchangedPool(name string, next *upstreams, members []flow.Dialer) flow.Dialer {
+	if u == nil || !reflect.DeepEqual(u.cfg.Pools[name], next.cfg.Pools[name]) {
+		return nil
+	}
+	for i, m := range next.cfg.Pools[name].Members {
+		if u.dialers[m] != members[i] {
+			return nil
+		}
+	}
+	return u.dialers[name]
+}
+
+// find returns the dialer of a name that may be a built-in action, which has none.
+func (u *upstreams) find(name string) flow.Dialer { return u.dialers[name] }
+
+// buildRules compiles a context's rules. names resolves for upstreams that take no names; nil only to check.
+func buildRules(cfg *config.Config, name string, u *upstreams, names flow.Names) (*routing.Table, error) {
+	c := cfg.Contexts[name]
+	byName := u.dialers
+	if names != nil {
+		byName = make(map[string]flow.Dialer, len(u.dialers))
+		for k, d := range u.dialers {
+			byName[k] = dialers.WithNames(d, names)
+		}
+	}
+	in := routing.Input{
+		Context: name, Default: c.Default, DNS: c.DNS.Mode != "off", Upstreams: byName, Actions: u.actions,
+		Bypass: routing.Bypass{Address: c.Bypass.Address, Port: portRanges(c.Bypass.Port), Network: c.Bypass.Network},
+		Fake:   fakePrefixes(c.DNS.Fake),
+	}
+	for _, r := range c.Rules {
+		in.Rules = append(in.Rules, routing.Rule{Match: match(r.Match), Upstream: r.Upstream})
+	}
+	return routing.Compile(in)
+}
+
+// match turns the schema's conditions into the router's. The two have the same fields, and a test compares them.
+func match(m config.Match) routing.Match {
+	return routing.Match{
+		Domain: m.Domain, DomainSuffix: m.DomainSuffix, DomainKeyword: m.DomainKeyword, DomainRegex: m.DomainRegex,
+		IPCIDR: m.IPCIDR, IPIsPrivate: m.IPIsPrivate, GeoIP: m.GeoIP, ASN: m.ASN,
+		Port: portRanges(m.Port), PortRange: portRanges(m.PortRange), SourceCIDR: m.SourceCIDR, SourcePort: portRanges(m.SourcePort),
+		Network: m.Network, Protocol: m.Protocol, User: m.User, UID: m.UID, GID: m.GID, PID: m.PID,
+		Exe: m.Exe, ExeRegex: m.ExeRegex, Process: m.Process, Cgroup: m.Cgroup, Unit: m.Unit,
+		Interface: m.Interface, DSCP: m.DSCP, Time: m.Time, RuleSet: m.RuleSet, Invert: m.Invert,
+		And: matches(m.And), Or: matches(m.Or), Not: matches(m.Not),
+	}
+}
+
+func matches(ms []config.Match) []routing.Match {
+	var out []routing.Match
+	for _, m := range ms {
+		out = append(out, match(m))
+	}
+	return out
+}
+
+func portRanges(ps []config.PortRange) []routing.PortRange {
+	var out []routing.PortRange
+	for _, p := range ps {
+		out = append(out, routing.PortRange(p))
+	}
+	return out
+}
+
+// dnsEnv is what a context's DNS needs beside its configuration.
+type dnsEnv struct {
+	stateDir string // "" = fake IPs are kept in memory only
+	log      *zap.Logger
+}
+
+// buildDNS returns the configuration of a context's DNS module, checked.
+func buildDNS(cfg *config.Config, name string, u *upstreams, env dnsEnv) (*dns.Config, error) {
+	c := cfg.Contexts[name].DNS
+	d := &dns.Config{
+		Context: name, Mode: dns.ModeFakeIP, Servers: c.Servers, Hosts: c.Hosts,
+		Fake:  dns.FakeConfig{V4: c.Fake.V4, V6: c.Fake.V6, Exclude: c.Fake.Exclude, Path: fakePath(env.stateDir, name)},
+		Cache: cache(c.Cache),
+		Log:   env.log,
+	}
+	switch c.Mode {
+	case "real":
+		d.Mode = dns.ModeReal
+	case "off":
+		d.Mode = dns.ModeOff
+	}
+	via := c.Via
+	if via == "" {
+		via = cfg.Contexts[name].Default
+	}
+	d.Via = u.find(via)
+	for _, r := range c.Rules {
+		rule := dns.Rule{Domain: r.Domain, DomainSuffix: r.DomainSuffix, Servers: r.Servers, Block: r.Action == "block"}
+		if r.Via != "" {
+			rule.Via = u.find(r.Via)
+		}
+		d.Rules = append(d.Rules, rule)
+	}
+	if _, err := dns.New(*d); err != nil {
+		return nil, &routing.PathError{Path: configPath("contexts", name) + ".dns", Err: err}
+	}
+	return d, nil
+}
+
+func cache(c config.Cache) dns.CacheConfig {
+	entries := c.Entries
+	if entries == 0 {
+		entries = -1 // the schema's 0 is none, the module's is the default
+	}
+	return dns.CacheConfig{Entries: entries, MinTTL: c.MinTTL.D(), MaxTTL: c.MaxTTL.D(), Stale: c.Stale.D(), Prefetch: c.Prefetch}
+}
+
+// fakePath is where a context's fake IPs are kept: fakeip.db, as documented, for the context named default.
+func fakePath(stateDir, context string) string {
+	switch {
+	case stateDir == "":
+		return ""
+	case context == defaultContext:
+		return filepath.Join(stateDir, "fakeip.db")
+	}
+	return filepath.Join(stateDir, "fakeip-"+context+".db")
+}
+
+// locate gives the errors of routing, which know JSON paths, their positions in the text.
+func locate(cfg *config.Config, err error) config.Errors {
+	var out config.Errors
+	switch e := err.(type) { //nolint:errorlint // takes joined errors apart, so it must look at the outermost
+	case interface{ Unwrap() []error }:
+		for _, sub := range e.Unwrap() {
+			out = append(out, locate(cfg, sub)...)
+		}
+	case *routing.PathError:
+		out = append(out, cfg.ErrorAt(e.Path, e.Err, ""))
+	default:
+		out = append(out, &config.Error{Msg: err.Error()})
+	}
+	return out
+}
+
+// configPath is the JSON path of an entry of one of the maps of the configuration.
+func configPath(key, name string) string {
+	if strings.ContainsAny(name, `.[]" `) {
+		return fmt.Sprintf("$.%s[%q]", key, name)
+	}
+	return "$." + key + "." + name
+}

@@ -1,0 +1,296 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"sync"
+	"sync/atomic"
+
+	"go.uber.org/zap"
+
+	"github.com/mutex-proxy/mutex/config"
+	"github.com/mutex-proxy/mutex/dialers"
+	"github.com/mutex-proxy/mutex/dns"
+	"github.com/mutex-proxy/mutex/flow"
+	"github.com/mutex-proxy/mutex/policy"
+	"github.com/mutex-proxy/mutex/routing"
+	"github.com/mutex-proxy/mutex/stack"
+	"github.com/mutex-proxy/mutex/tun"
+)
+
+// defaultContext is the context that commands mean when none is named.
+const defaultContext = "default"
+
+// listenTries is how often a port is looked for that is free for both UDP and TCP. One try nearly always suffices.
+const listenTries = 16
+
+// liveContext is one context at work: device, netstack, rules, DNS.
+//
+//	prepare (pure) ──▶ open (device, listeners) ──▶ start (netstack) ──▶ close
+type liveContext struct {
+	name  string
+	slot  int
+	lease bool
+	log   *zap.Logger
+	net   *dialers.Net
+	table *flow.Table
+
+	names   *dns.Server
+	handler *flow.Handler
+
+	mu    sync.Mutex // guards what follows
+	cfg   config.Context
+	ups   *upstreams
+	rules atomic.Pointer[routing.Table]
+
+	device  *tun.Device
+	stack   *stack.Stack
+	packets []net.PacketConn
+	streams []net.Listener
+	ports   [2]uint16 // our DNS listeners on 127.0.0.1 and ::1; 0 = none
+	cgroups []policy.CgroupRef
+	serving sync.WaitGroup
+}
+
+// contextEnv is what contexts share.
+type contextEnv struct {
+	net      *dialers.Net
+	ids      *atomic.Uint64
+	recorder flow.Recorder
+	stateDir string
+	log      *zap.Logger
+}
+
+// newContext builds a context. It opens nothing.
+func newContext(cfg *config.Config, name string, slot int, ups *upstreams, env contextEnv) (*liveContext, error) {
+	c := &liveContext{name: name, slot: slot, cfg: cfg.Contexts[name], ups: ups, net: env.net}
+	c.log = env.log.With(zap.String("context", name))
+	dcfg, err := buildDNS(cfg, name, ups, dnsEnv{stateDir: env.stateDir, log: c.log})
+	if err != nil {
+		return nil, err
+	}
+	if c.names, err = dns.New(*dcfg); err != nil {
+		return nil, err
+	}
+	rules, err := buildRules(cfg, name, ups, c.names)
+	if err != nil {
+		return nil, err
+	}
+	c.table = flow.NewTable(flow.TableConfig{
+		Context: name, MaxFlows: c.cfg.Limits.Flows, IDs: env.ids, Log: c.log, Recorder: env.recorder,
+	})
+	c.handler = flow.NewHandler(flow.HandlerConfig{
+		Context: name, Table: c.table, Names: c.names, DialTimeout: c.cfg.DialTimeout.D(), ICMP: icmpMode(c.cfg.ICMP), Log: c.log,
+	})
+	c.rules.Store(rules)
+	c.handler.SetDecider(rules)
+	return c, nil
+}
+
+func icmpMode(s string) flow.ICMPMode {
+	switch s {
+	case "drop":
+		return flow.ICMPDrop
+	case "reject":
+		return flow.ICMPReject
+	}
+	return flow.ICMPHonest
+}
+
+// open makes the device, the DNS listeners and the netstack. The device is not up and no packet comes in before policy says so.
+func (c *liveContext) open(ctx context.Context) (err error) {
+	defer func() {
+		if err != nil {
+			c.close()
+		}
+	}()
+	if err := c.names.Start(); err != nil {
+		return fmt.Errorf("context %s: dns: %w", c.name, err)
+	}
+	if err := c.listen(ctx); err != nil {
+		return fmt.Errorf("context %s: dns listener: %w", c.name, err)
+	}
+	dev, err := tun.Open(tun.Config{Name: c.deviceName(), MTU: c.cfg.TUN.MTU})
+	if err != nil {
+		return fmt.Errorf("context %s: %w", c.name, err)
+	}
+	c.device = dev
+	if c.stack, err = stack.New(stack.Config{Device: dev, Handler: c.handler, Log: c.log}); err != nil {
+		return fmt.Errorf("context %s: netstack: %w", c.name, err)
+	}
+	if err := c.stack.Start(); err != nil {
+		return fmt.Errorf("context %s: netstack: %w", c.name, err)
+	}
+	return nil
+}
+
+// deviceName is the TUN's configured name, or one that shows the context.
+func (c *liveContext) deviceName() string {
+	switch {
+	case c.cfg.TUN.Name != "":
+		return c.cfg.TUN.Name
+	case c.name == defaultContext:
+		return "mprox0"
+	}
+	const longest = 15 // IFNAMSIZ without the NUL
+	name := "mprox-" + c.name
+	if len(name) > longest || c.lease {
+		name = fmt.Sprintf("mprox-%d", c.slot)
+	}
+	return name
+}
+
+// listen opens the sockets that port 53 of the loopback addresses is redirected to. Without IPv6 there is none for ::1.
+func (c *liveContext) listen(ctx context.Context) error {
+	for i, addr := range []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1}), netip.IPv6Loopback()} {
+		l, pc, err := listenBoth(ctx, c.net, addr)
+		if err != nil {
+			if i == 1 {
+				c.log.Warn("no DNS listener on ::1: queries to it are dropped", zap.Error(err))
+				return nil
+			}
+			return err
+		}
+		c.streams, c.packets = append(c.streams, l), append(c.packets, pc)
+		c.ports[i] = uint16(l.Addr().(*net.TCPAddr).Port)
+		c.serving.Go(func() { c.served(c.names.ServeStream(l)) })
+		c.serving.Go(func() { c.served(c.names.ServePacket(pc)) })
+	}
+	return nil
+}
+
+func (c *liveContext) served(err error) {
+	if err != nil && !errors.Is(err, net.ErrClosed) {
+		c.log.Error("dns listener ended", zap.Error(err))
+	}
+}
+
+// listenBoth returns a TCP listener and a UDP socket with the same port.
+func listenBoth(ctx context.Context, n *dialers.Net, addr netip.Addr) (l *net.TCPListener, pc *net.UDPConn, err error) {
+	for range listenTries {
+		if l, err = n.ListenTCP(ctx, netip.AddrPortFrom(addr, 0)); err != nil {
+			return nil, nil, err
+		}
+		port := uint16(l.Addr().(*net.TCPAddr).Port)
+		if pc, err = n.ListenUDP(ctx, netip.AddrPortFrom(addr, port)); err == nil {
+			return l, pc, nil
+		}
+		l.Close()
+	}
+	return nil, nil, err
+}
+
+// spec is what the context wants from the kernel.
+func (c *liveContext) spec() policy.ContextSpec {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	s := policy.ContextSpec{
+		Name: c.name, Mode: policyMode(c.cfg.Mode), Slot: c.slot, MTU: c.cfg.TUN.MTU,
+		Direct: bypassPrefixes(c.cfg.Bypass), Fake: fakePrefixes(c.cfg.DNS.Fake),
+		DNSPort4: c.ports[0], DNSPort6: c.ports[1], DNSOff: c.cfg.DNS.Mode == "off",
+		Cgroups: slices.Clone(c.cgroups), OnStop: onEnd(c.cfg.OnStop), OnCrash: onEnd(c.cfg.OnCrash),
+	}
+	if c.device != nil {
+		s.TUN = c.device.Name()
+	}
+	return s
+}
+
+// setConfig changes what spec says. Rules and DNS have their own ways.
+func (c *liveContext) setConfig(cfg config.Context) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.cfg = cfg
+}
+
+// addCgroup captures a cgroup from the next plan on.
+func (c *liveContext) addCgroup(r policy.CgroupRef) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.cgroups = append(c.cgroups, r)
+}
+
+func (c *liveContext) removeCgroup(r policy.CgroupRef) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.cgroups = slices.DeleteFunc(c.cgroups, func(x policy.CgroupRef) bool { return x.ID == r.ID })
+}
+
+func policyMode(s string) policy.Mode {
+	switch s {
+	case "process":
+		return policy.ModeProcess
+	case "cgroup":
+		return policy.ModeCgroup
+	case "global":
+		return policy.ModeGlobal
+	case "gateway":
+		return policy.ModeGateway
+	}
+	return policy.ModeDisabled
+}
+
+func onEnd(s string) policy.OnEnd {
+	switch s {
+	case "open":
+		return policy.OnEndOpen
+	case "block":
+		return policy.OnEndBlock
+	}
+	return policy.OnEndDefault
+}
+
+// bypassPrefixes are the addresses of `bypass` that the kernel can route directly. Classes such as private are the router's: what they
+// mean depends on the links.
+func bypassPrefixes(b config.Bypass) []netip.Prefix {
+	var out []netip.Prefix
+	for _, s := range b.Address {
+		if p, err := netip.ParsePrefix(s); err == nil {
+			out = append(out, p.Masked())
+		} else if a, err := netip.ParseAddr(s); err == nil {
+			out = append(out, netip.PrefixFrom(a, a.BitLen()))
+		}
+	}
+	return out
+}
+
+func fakePrefixes(f config.Fake) []netip.Prefix {
+	var out []netip.Prefix
+	for _, p := range []netip.Prefix{f.V4, f.V6} {
+		if p.IsValid() {
+			out = append(out, p)
+		}
+	}
+	return out
+}
+
+// close ends the flows, the netstack, the listeners and the device, in this order. It is idempotent.
+func (c *liveContext) close() {
+	_ = c.handler.Close()
+	if c.stack != nil {
+		_ = c.stack.Close()
+	}
+	for _, pc := range c.packets {
+		pc.Close()
+	}
+	for _, l := range c.streams {
+		l.Close()
+	}
+	if err := c.names.Close(); err != nil {
+		c.log.Error("dns: close", zap.Error(err))
+	}
+	c.serving.Wait()
+	c.mu.Lock()
+	dev := c.device
+	c.device, c.ports = nil, [2]uint16{}
+	c.mu.Unlock()
+	if dev != nil {
+		_ = dev.Close()
+	}
+}

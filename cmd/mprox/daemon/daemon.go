@@ -1,0 +1,275 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+// Package daemon wires the packages together: configuration into objects (build.go), a context at work (context.go), the order of start and
+// stop (this file), reload (reload.go), leases (lease.go) and what the control socket asks (backend.go, status.go). It holds no logic of
+// its own about packets, protocols or rules. The commands up and run call it.
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/mutex-proxy/mutex/config"
+	"github.com/mutex-proxy/mutex/control"
+	"github.com/mutex-proxy/mutex/dialers"
+	"github.com/mutex-proxy/mutex/flow"
+	"github.com/mutex-proxy/mutex/policy"
+)
+
+const (
+	// resolveTimeout bounds the look-up of upstreams' names before capture starts: a dead resolver must not keep the machine open.
+	resolveTimeout = 5 * time.Second
+	// stopTimeout bounds undoing the kernel state at the end, when the caller's own context is over.
+	stopTimeout = 10 * time.Second
+)
+
+// Options is what a Daemon is made from.
+type Options struct {
+	Config     *config.Config
+	ConfigPath string // "" when the configuration comes from flags
+	Digest     string // SHA-256 of the file's bytes, lower-case hex; "" without a file
+	Load       Loader // for a reload; nil = there is nothing to read again
+	Socket     string
+	StateDir   string // where fake IPs are kept; "" = in memory only
+	Version    string
+	Log        *zap.Logger
+}
+
+// Daemon is one running mprox.
+type Daemon struct {
+	opt     Options
+	log     *zap.Logger
+	started time.Time
+	ids     atomic.Uint64
+	net     *dialers.Net
+	metrics *control.Metrics
+	server  *control.Server
+
+	host      *policy.LinuxHost
+	manager   *policy.Manager
+	life      context.Context //nolint:containedctx // the daemon's own, for what outlives the call that began it
+	stop      context.CancelFunc
+	leftovers sync.WaitGroup // leases that have ended, waiting for their last process
+	ready     atomic.Bool
+
+	reload     sync.Mutex // held by whoever changes the set of contexts or the kernel plan
+	mu         sync.Mutex // guards what follows, for a moment each
+	cfg        *config.Config
+	digest     string
+	ups        *upstreams
+	contexts   map[string]*liveContext
+	generation uint64
+	loadedAt   time.Time
+}
+
+// New checks the configuration's meaning and returns a Daemon that has not touched anything.
+func New(opt Options) (*Daemon, error) {
+	if opt.Log == nil {
+		opt.Log = zap.NewNop()
+	}
+	if err := Check(opt.Config); err != nil {
+		return nil, err
+	}
+	return &Daemon{
+		opt: opt, log: opt.Log, started: time.Now(), cfg: opt.Config, digest: opt.Digest,
+		contexts: make(map[string]*liveContext), generation: 1, loadedAt: time.Now(),
+	}, nil
+}
+
+// Run starts the daemon, calls ready when it captures, and stops it, undoing what it did, when ctx ends or Stop is called. started gets
+// what went wrong on the way up; nothing is left in the kernel then.
+func (d *Daemon) Run(ctx context.Context, ready func()) (err error) {
+	d.life, d.stop = context.WithCancel(ctx)
+	ctx = d.life
+	defer d.stop()
+	if err := d.start(ctx); err != nil {
+		return errors.Join(err, d.shutdown(policy.StopOpen))
+	}
+	d.ready.Store(true)
+	if ready != nil {
+		ready()
+	}
+	<-ctx.Done()
+	return d.shutdown(policy.StopConfigured)
+}
+
+// start goes from the outside in: first everything is closed (Prepare), then opened for what has a context (Apply).
+func (d *Daemon) start(ctx context.Context) error {
+	var err error
+	if d.metrics, err = control.NewMetrics(d, d.opt.Version); err != nil {
+		return err
+	}
+	if d.host, err = policy.NewLinuxHost(); err != nil {
+		return err
+	}
+	d.manager = policy.NewManager(policy.Config{Host: d.host, Log: d.log})
+	snap, err := d.manager.Snapshot(ctx)
+	if err != nil {
+		return err
+	}
+	mask := uint32(d.cfg.Kernel.MarkMask)
+	d.net = dialers.NewNet(dialers.NetConfig{
+		Mark: policy.BypassMark(mask), MarkMask: mask, Nameservers: snap.Nameservers, Log: d.log,
+	})
+	if d.ups, err = buildUpstreams(d.cfg, d.net, nil); err != nil {
+		return err
+	}
+	for slot, name := range enabled(d.cfg) {
+		c, err := newContext(d.cfg, name, slot, d.ups, d.contextEnv(d.opt.StateDir))
+		if err != nil {
+			return err
+		}
+		d.contexts[name] = c
+	}
+	d.resolve(ctx, d.ups)
+	if err := d.manager.Prepare(ctx, d.spec()); err != nil {
+		return err
+	}
+	if err := d.excludeLocal(ctx, d.ups); err != nil {
+		return err
+	}
+	for _, c := range d.live() {
+		if err := c.open(ctx); err != nil {
+			return err
+		}
+	}
+	if err := d.manager.Apply(ctx, d.spec()); err != nil {
+		return err
+	}
+	d.server = control.NewServer(control.Config{
+		Socket: d.opt.Socket, Group: d.cfg.Control.Group, HTTPListen: d.cfg.HTTP.Listen, Backend: backend{d}, Metrics: d.metrics, Log: d.log,
+	})
+	if err := d.server.Start(); err != nil {
+		if errors.Is(err, control.ErrConflict) {
+			return fmt.Errorf("%w: %w", policy.ErrConflict, err)
+		}
+		return err
+	}
+	return nil
+}
+
+// shutdown undoes start, in reverse. The kernel state goes after the flows have ended and before the devices vanish: the other way round,
+// their last packets would meet a half-removed plan.
+func (d *Daemon) shutdown(mode policy.StopMode) error {
+	d.ready.Store(false)
+	ctx, cancel := context.WithTimeout(context.Background(), stopTimeout)
+	defer cancel()
+	var errs []error
+	if d.server != nil {
+		errs = append(errs, d.server.Close())
+	}
+	d.stop()
+	d.leftovers.Wait()
+	d.reload.Lock()
+	defer d.reload.Unlock()
+	for _, c := range d.live() {
+		errs = append(errs, c.handler.Close())
+	}
+	if d.manager != nil {
+		errs = append(errs, d.manager.Close(ctx, mode))
+	}
+	for _, c := range d.live() {
+		c.close()
+	}
+	if d.host != nil {
+		errs = append(errs, d.host.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// Stop begins an orderly end and returns at once. It may be called after Run has begun.
+func (d *Daemon) Stop() { d.stop() }
+
+func (d *Daemon) contextEnv(stateDir string) contextEnv {
+	return contextEnv{net: d.net, ids: &d.ids, recorder: d.metrics, stateDir: stateDir, log: d.log}
+}
+
+// enabled lists the contexts that capture anything, in a fixed order: their position is their slot, and with it mark and table.
+func enabled(cfg *config.Config) []string {
+	names := slices.Sorted(maps.Keys(cfg.Contexts))
+	return slices.DeleteFunc(names, func(n string) bool { return cfg.Contexts[n].Mode == "disabled" })
+}
+
+// live returns the contexts at work, by name.
+func (d *Daemon) live() []*liveContext {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	out := slices.Collect(maps.Values(d.contexts))
+	slices.SortFunc(out, func(a, b *liveContext) int { return a.slot - b.slot })
+	return out
+}
+
+// spec is what all contexts together want from the kernel.
+func (d *Daemon) spec() policy.Spec {
+	k := d.opt.Config.Kernel // fixed at start
+	s := policy.Spec{
+		Instance: policy.InstanceFor(d.opt.Socket), Mask: uint32(k.MarkMask), TableBase: int(k.TableBase), RulePriority: int(k.RulePriority),
+	}
+	for _, c := range d.live() {
+		s.Contexts = append(s.Contexts, c.spec())
+	}
+	return s
+}
+
+// preparer is an upstream whose server has a name to resolve.
+type preparer interface {
+	Prepare(context.Context) error
+	Servers() []netip.AddrPort
+}
+
+// resolve looks up the upstreams' own names while everybody can still reach the machine's resolvers. One that cannot be resolved
+// now is tried again with each flow, over marked sockets: no reason not to close the machine.
+func (d *Daemon) resolve(ctx context.Context, u *upstreams) {
+	ctx, cancel := context.WithTimeout(ctx, resolveTimeout)
+	defer cancel()
+	var wg sync.WaitGroup
+	for name, up := range u.dialers {
+		if p, ok := up.(preparer); ok {
+			wg.Go(func() {
+				if err := p.Prepare(ctx); err != nil {
+					d.log.Warn("upstream cannot be resolved yet", zap.String("upstream", name), zap.Error(err))
+				}
+			})
+		}
+	}
+	wg.Wait()
+}
+
+// excludeLocal keeps the processes behind upstreams on loopback (ssh -D, tor) out of the capture: their own connections would come back to
+// them for ever.
+func (d *Daemon) excludeLocal(ctx context.Context, u *upstreams) error {
+	var local []netip.AddrPort
+	for _, up := range u.dialers {
+		p, ok := up.(preparer)
+		if !ok {
+			continue
+		}
+		for _, s := range p.Servers() {
+			if s.Addr().IsLoopback() {
+				local = append(local, s)
+			}
+		}
+	}
+	if len(local) == 0 {
+		return nil
+	}
+	return d.manager.ExcludeListeners(ctx, local)
+}
+
+// flowsOf returns the live flows of all contexts.
+func (d *Daemon) flowsOf() []flow.Info {
+	var out []flow.Info
+	for _, c := range d.live() {
+		out = append(out, c.table.Snapshot()...)
+	}
+	return out
+}

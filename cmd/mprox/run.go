@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/spf13/cobra"
+	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
+
+	"github.com/mutex-proxy/mutex/cmd/mprox/daemon"
+	"github.com/mutex-proxy/mutex/config"
+	"github.com/mutex-proxy/mutex/control/client"
+)
+
+func newRunCommand(g *globals) *cobra.Command {
+	var r client.LeaseRequest
+	cmd := &cobra.Command{
+		Use:   "run [--proxy URL... | --context NAME] -- COMMAND [ARG...]",
+		Short: "Run one command, and all it starts, through a proxy",
+		Long: `Runs COMMAND and all its descendants through a proxy; everything else on the machine is left alone. With a daemon running it is a
+lease on it, without one mprox is its own engine for as long as COMMAND lives. What outlives COMMAND, or mprox, is blocked, not freed.
+
+The exit status is COMMAND's; 125 means that mprox failed, 126 that COMMAND could not be executed, 127 that it was not found.`,
+		Example: `  mprox run --proxy socks5h://192.0.2.10:1080 -- curl https://example.com/
+  mprox run --proxy http://user:password@proxy.example:3128 -- bash
+  mprox run --context work -- ssh build.example`,
+		Args: cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, argv []string) error {
+			if (len(r.Proxies) == 0) == (r.Context == "") {
+				return runFailed(usageError("give either --proxy URL or --context NAME"))
+			}
+			ws, code, err := run(cmd.Context(), g, r, argv)
+			if err != nil {
+				return exitError{code, err}
+			}
+			exitAs(ws)
+			return nil
+		},
+	}
+	fl := cmd.Flags()
+	fl.SetInterspersed(false) // what follows the command is the command's
+	fl.StringArrayVar(&r.Proxies, "proxy", nil, "proxy `URL`; repeated, the proxies are a pool")
+	fl.StringVar(&r.Context, "context", "", "`name` of a context of the running daemon")
+	fl.StringArrayVar(&r.DNS, "dns", nil, "DNS `server` asked through the proxy; repeatable")
+	fl.StringArrayVar(&r.Bypass, "bypass", nil, "address, prefix or class that stays direct; repeatable")
+	fl.StringVar(&r.Strategy, "strategy", "", "how a proxy of the pool is chosen: round-robin, failover")
+	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return runFailed(err) })
+	return cmd
+}
+
+// runFailed is a failure of mprox itself, as opposed to the command's.
+func runFailed(err error) error { return exitError{exitRunFailed, err} }
+
+// run captures a cgroup, by a lease on the daemon or with an engine of its own, and runs the command in it.
+func run(ctx context.Context, g *globals, r client.LeaseRequest, argv []string) (unix.WaitStatus, int, error) {
+	c := client.New(g.socketPath())
+	defer c.Close()
+	lease, err := c.Lease(ctx, r)
+	switch {
+	case err == nil:
+		defer lease.Close()
+		dir, err := os.Open(lease.Cgroup)
+		if err != nil {
+			return 0, exitRunFailed, fmt.Errorf("the lease's cgroup: %w", err)
+		}
+		defer dir.Close()
+		return runIn(argv, dir)
+	case !errors.Is(err, client.ErrUnreachable):
+		return 0, exitRunFailed, err
+	case r.Context != "":
+		return 0, exitRunFailed, fmt.Errorf("context %s: %w", r.Context, err)
+	}
+	return runAlone(ctx, g, r, argv)
+}
+
+// runIn runs the command in the cgroup until it ends.
+func runIn(argv []string, cgroup *os.File) (unix.WaitStatus, int, error) {
+	ch, code, err := startChild(argv, cgroup)
+	if err != nil {
+		return 0, code, err
+	}
+	ws, err := ch.wait()
+	if err != nil {
+		return 0, exitRunFailed, err
+	}
+	return ws, 0, nil
+}
+
+// runAlone runs the command with an engine in this process: a daemon without contexts, and one lease on it.
+func runAlone(ctx context.Context, g *globals, r client.LeaseRequest, argv []string) (unix.WaitStatus, int, error) {
+	cfg, err := config.Parse("run", []byte("{}"))
+	if err != nil {
+		return 0, exitRunFailed, err
+	}
+	log, err := g.logger(config.Log{Level: "warn", Format: "text"})
+	if err != nil {
+		return 0, exitRunFailed, err
+	}
+	socket := filepath.Join(filepath.Dir(g.socketPath()), fmt.Sprintf("run-%d.sock", os.Getpid()))
+	d, err := daemon.New(daemon.Options{Config: cfg, Socket: socket, Version: version, Log: log})
+	if err != nil {
+		return 0, exitRunFailed, err
+	}
+	up := make(chan struct{})
+	ended := make(chan error, 1)
+	go func() { ended <- d.Run(ctx, func() { close(up) }) }()
+	select {
+	case err := <-ended:
+		return 0, exitRunFailed, err
+	case <-up:
+	}
+	ws, code, err := leaseAndRun(ctx, d, r, argv)
+	d.Stop()
+	if stopErr := <-ended; stopErr != nil {
+		log.Error("not everything was undone: run mprox cleanup --socket "+socket, zap.Error(stopErr))
+	}
+	return ws, code, err
+}
+
+func leaseAndRun(ctx context.Context, d *daemon.Daemon, r client.LeaseRequest, argv []string) (unix.WaitStatus, int, error) {
+	l, err := d.Lease(ctx, r, os.Getpid())
+	if err != nil {
+		return 0, exitRunFailed, err
+	}
+	defer l.Close()
+	return runIn(argv, os.NewFile(uintptr(l.FD()), "cgroup"))
+}
+
