@@ -30,7 +30,7 @@ type child struct {
 
 // startChild starts argv inside the cgroup (clone3 CLONE_INTO_CGROUP, so that not one instruction of it runs outside). The int is the exit
 // code when err is not nil.
-func startChild(argv []string, cgroup *os.File) (*child, int, error) {
+func startChild(argv []string, cgroup int) (*child, int, error) {
 	path, err := exec.LookPath(argv[0])
 	if err != nil && !errors.Is(err, exec.ErrDot) {
 		if errors.Is(err, fs.ErrPermission) {
@@ -41,7 +41,7 @@ func startChild(argv []string, cgroup *os.File) (*child, int, error) {
 	cmd := exec.Command(path, argv[1:]...) //nolint:noctx // it ends when it ends: mprox never kills the user's command
 	cmd.Args[0] = argv[0]
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(cgroup.Fd())}
+	cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: cgroup}
 	c := &child{cmd: cmd, signals: make(chan os.Signal, 16)}
 	// Before the start: a Ctrl-C from here on is the command's to act on, and must not end us before it.
 	signal.Notify(c.signals, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGHUP, unix.SIGUSR1, unix.SIGUSR2)

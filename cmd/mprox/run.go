@@ -70,7 +70,7 @@ func run(ctx context.Context, g *globals, r client.LeaseRequest, argv []string) 
 			return 0, exitRunFailed, fmt.Errorf("the lease's cgroup: %w", err)
 		}
 		defer dir.Close()
-		return runIn(argv, dir)
+		return runIn(argv, int(dir.Fd()))
 	case !errors.Is(err, client.ErrUnreachable):
 		return 0, exitRunFailed, err
 	case r.Context != "":
@@ -80,7 +80,7 @@ func run(ctx context.Context, g *globals, r client.LeaseRequest, argv []string) 
 }
 
 // runIn runs the command in the cgroup until it ends.
-func runIn(argv []string, cgroup *os.File) (unix.WaitStatus, int, error) {
+func runIn(argv []string, cgroup int) (unix.WaitStatus, int, error) {
 	ch, code, err := startChild(argv, cgroup)
 	if err != nil {
 		return 0, code, err
@@ -129,6 +129,6 @@ func leaseAndRun(ctx context.Context, d *daemon.Daemon, r client.LeaseRequest, a
 		return 0, exitRunFailed, err
 	}
 	defer l.Close()
-	return runIn(argv, os.NewFile(uintptr(l.FD()), "cgroup"))
+	return runIn(argv, l.FD())
 }
 
