@@ -6,9 +6,11 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"fmt"
 	"io"
 	"net/http"
 	"net/url"
+	"path"
 	"slices"
 	"strings"
 	"time"
@@ -76,17 +78,26 @@ func (s *Server) handler() http.Handler {
 		mux.Handle(rt.method+" "+rt.path, s.call(rt))
 		methods[rt.path] = append(methods[rt.path], rt.method)
 	}
-	for path, allowed := range methods {
+	for pattern, allowed := range methods {
 		slices.Sort(allowed)
-		mux.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) {
+		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("Allow", strings.Join(allowed, ", "))
 			writeError(w, &Error{Code: client.CodeMethod, Message: r.Method + " is not possible here: use " + strings.Join(allowed, " or ")})
 		})
 	}
-	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
-		writeError(w, &Error{Code: client.CodeNotFound, Message: "there is no " + r.URL.Path + ": see /v1/openapi.yaml"})
+	mux.HandleFunc("/", notFound)
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		// ServeMux would answer these by itself: a redirect, or a 400 without a body.
+		if r.RequestURI == "*" || path.Clean(r.URL.Path) != r.URL.Path {
+			notFound(w, r)
+			return
+		}
+		mux.ServeHTTP(w, r)
 	})
-	return mux
+}
+
+func notFound(w http.ResponseWriter, r *http.Request) {
+	writeError(w, &Error{Code: client.CodeNotFound, Message: fmt.Sprintf("there is no %q: see /v1/openapi.yaml", r.URL.Path)})
 }
 
 // call is the way of every request: time-outs, who asks, may they, parse, do, answer.
