@@ -203,13 +203,6 @@ type Conn interface {
 	Abort()            // sends RST, discards what is queued; safe after Close
 }
 
-// Mover is told of bytes while they move. The stack's Conn implements io.WriterTo and io.ReaderFrom, which return only when the direction
-// has ended; given a writer or reader that is also a Mover (say, a wrapper that embeds the socket and its SyscallConn), they call Moved
-// after each piece, from their own goroutine and without locks held. For live counters and idle clocks.
-type Mover interface {
-	Moved(n int)
-}
-
 // Pending is a connection request (SYN) that has not been answered. Exactly one of its methods is called, exactly once.
 type Pending interface {
 	// Accept completes the handshake with the application.

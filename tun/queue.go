@@ -52,10 +52,13 @@ func newQueue(f *os.File) (*Queue, error) {
 // Receive reads packets into r until Stop or Close, which make it return nil, or until the device is gone. The goroutine waits in the
 // runtime's poller and, once awake, reads until the queue is empty.
 func (q *Queue) Receive(r Receiver) error {
-	var fail error
+	var (
+		fail error
+		h    Header // here, not in the loop: it escapes, and would be allocated for each packet
+		wire [HeaderLen]byte
+	)
 	err := q.raw.Read(func(uintptr) bool {
 		for !q.stopped.Load() {
-			var wire [HeaderLen]byte
 			n, err := readv(q.fd, &wire, r.Buffer())
 			switch {
 			case err == unix.EAGAIN:
@@ -70,7 +73,6 @@ func (q *Queue) Receive(r Receiver) error {
 				fail = fmt.Errorf("tun: read: %w", os.ErrClosed)
 				return true
 			}
-			var h Header
 			h.Decode(&wire)
 			r.Packet(&h, n-HeaderLen)
 		}

@@ -1,0 +1,275 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package stack
+
+import (
+	"net/netip"
+
+	"gvisor.dev/gvisor/pkg/buffer"
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+
+	"github.com/mutex-proxy/mutex/tun"
+)
+
+// The link is the fast path between a TUN queue and netstack.
+//
+//	           readv                                  ┌─ toUDP ─────────▶ udpTable (no netstack)
+//	TUN queue ───────▶ reader.Buffer ─▶ packet.parse ─┼─ toNetstack ────▶ NIC trusted ─▶ TCP processors
+//	           64 KiB                                 └─ toNetstackSlow ▶ NIC checked ─▶ TCP, fragments, ICMP, the rest
+//	TUN queue ◀─────── link.send ◀──── WritePackets, from whichever goroutine sends
+//	           writev
+//
+// Up: a train of segments arrives as one packet of up to 64 KiB and goes to netstack as one, without being copied. Down: netstack makes
+// trains itself (HostGSOSupported) and the kernel splits them, or better, does not.
+//
+// There are two NICs because netstack asks the NIC, not the packet, whether checksums have been verified. Both write to the same device.
+const (
+	nicTrusted tcpip.NICID = 1
+	nicChecked tcpip.NICID = 2
+)
+
+// copyMax is the size in bytes up to which a packet is copied into a view of its own. Above, the read buffer itself is handed over, which
+// costs a fresh one, and gVisor clears those: as much work as copying half of it. It also bounds the memory a short segment can hold
+// in a receive queue to four times its size.
+const copyMax = 16 << 10
+
+// batch is after how many packets the reader pretends to be idle, so that what waits for Idle is not starved by a busy queue.
+const batch = 64
+
+// link is what both NICs share.
+type link struct {
+	dev    *tun.Device
+	queues []*tun.Queue
+	mtu    int
+	count  *counters
+}
+
+func newLink(dev *tun.Device, count *counters) *link {
+	return &link{dev: dev, queues: dev.Queues(), mtu: dev.MTU(), count: count}
+}
+
+// send writes one packet, given in pieces that stay the caller's. All packets of one hash leave by one queue, and so in order.
+func (l *link) send(hash uint32, h *tun.Header, pieces ...[]byte) {
+	q := l.queues[0]
+	if len(l.queues) > 1 {
+		q = l.queues[hash%uint32(len(l.queues))]
+	}
+	if q.Write(h, pieces...) != nil {
+		l.count.drop(dropWrite)
+		return
+	}
+	n := 0
+	for _, p := range pieces {
+		n += len(p)
+	}
+	l.count.packetsOut.Add(1)
+	l.count.bytesOut.Add(uint64(n))
+}
+
+// nic is the link as netstack sees it.
+type nic struct {
+	*link
+	capabilities stack.LinkEndpointCapabilities
+	dispatcher   stack.NetworkDispatcher // set by CreateNIC, before the readers start, and cleared after they ended
+}
+
+var (
+	_ stack.LinkEndpoint = (*nic)(nil)
+	_ stack.GSOEndpoint  = (*nic)(nil) // a wrapper that hides this method set costs eleven times the CPU on downloads
+)
+
+// newTrusted returns the NIC for packets whose checksums the kernel answers for. It must not claim transmit offload: netstack would then
+// leave SYN-ACK, RST and ICMP without checksums. TCP data needs none all the same, by GSO.NeedsCsum.
+func newTrusted(l *link) *nic {
+	return &nic{link: l, capabilities: stack.CapabilityRXChecksumOffload}
+}
+
+// newChecked returns the NIC for packets whose checksums netstack has to verify.
+func newChecked(l *link) *nic { return &nic{link: l} }
+
+// WritePackets writes from the caller's goroutine: one system call a packet or train, no queue. netstack retransmits what is lost.
+func (n *nic) WritePackets(pkts stack.PacketBufferList) (int, tcpip.Error) {
+	for _, pkt := range pkts.AsSlice() {
+		n.write(pkt)
+	}
+	return pkts.Len(), nil
+}
+
+func (n *nic) write(pkt *stack.PacketBuffer) {
+	var h tun.Header
+	if gso := &pkt.GSOOptions; gso.Type != stack.GSONone && gso.NeedsCsum {
+		h.Flags = tun.NeedsChecksum
+		h.CsumStart = gso.L3HdrLen
+		h.CsumOffset = gso.CsumOffset
+		if pkt.Data().Size() > int(gso.MSS) {
+			h.GSOType = tun.GSOTCP4
+			if gso.Type == stack.GSOTCPv6 {
+				h.GSOType = tun.GSOTCP6
+			}
+			h.GSOSize = gso.MSS
+			h.HdrLen = uint16(pkt.HeaderSize())
+		}
+	}
+	var room [24][]byte // on the stack: a header and the views of some writes
+	pieces := room[:0]
+	views, skip := pkt.AsViewList()
+	for v := views.Front(); v != nil; v = v.Next() {
+		b := v.AsSlice()
+		if skip >= len(b) {
+			skip -= len(b)
+			continue
+		}
+		pieces = append(pieces, b[skip:])
+		skip = 0
+	}
+	n.send(pkt.Hash, &h, pieces...)
+}
+
+// MTU returns the device's MTU.
+func (n *nic) MTU() uint32 { return uint32(n.mtu) }
+
+// SetMTU does nothing: the MTU is fixed when the device is opened.
+func (*nic) SetMTU(uint32) {}
+
+// MaxHeaderLength returns 0: the virtio-net header is not part of netstack's packet.
+func (*nic) MaxHeaderLength() uint16 { return 0 }
+
+// LinkAddress returns none: a TUN has no link layer.
+func (*nic) LinkAddress() tcpip.LinkAddress { return "" }
+
+// SetLinkAddress does nothing.
+func (*nic) SetLinkAddress(tcpip.LinkAddress) {}
+
+// Capabilities says which checksums netstack need not verify.
+func (n *nic) Capabilities() stack.LinkEndpointCapabilities { return n.capabilities }
+
+// Attach is netstack's word where to deliver packets.
+func (n *nic) Attach(d stack.NetworkDispatcher) { n.dispatcher = d }
+
+// IsAttached reports whether Attach gave a dispatcher.
+func (n *nic) IsAttached() bool { return n.dispatcher != nil }
+
+// Wait returns at once: the readers belong to the Stack.
+func (*nic) Wait() {}
+
+// ARPHardwareType returns none.
+func (*nic) ARPHardwareType() header.ARPHardwareType { return header.ARPHardwareNone }
+
+// AddHeader does nothing.
+func (*nic) AddHeader(*stack.PacketBuffer) {}
+
+// ParseHeader does nothing.
+func (*nic) ParseHeader(*stack.PacketBuffer) bool { return true }
+
+// Close does nothing: the device belongs to the caller of New.
+func (*nic) Close() {}
+
+// SetOnCloseAction does nothing.
+func (*nic) SetOnCloseAction(func()) {}
+
+// GSOMaxSize returns the largest train in bytes, with its headers.
+func (*nic) GSOMaxSize() uint32 { return tun.MaxPacket }
+
+// SupportedGSO says who splits trains: the kernel, unless the device was opened without offloads.
+func (n *nic) SupportedGSO() stack.SupportedGSO {
+	if n.dev.Offload() {
+		return stack.HostGSOSupported
+	}
+	return stack.GSONotSupported
+}
+
+// reader is the receiving end of one queue.
+type reader struct {
+	link             *link
+	trusted, checked *nic
+	udp              func(src, dst netip.AddrPort, payload []byte) // must not keep payload, nor block
+	idle             func()
+
+	view *buffer.View // the read buffer; nil after it went to netstack
+	buf  []byte       // its bytes
+	pkt  packet
+	seen int // packets since the last idle
+}
+
+var _ tun.Receiver = (*reader)(nil)
+
+// Buffer returns the read buffer: a view of gVisor's, so that a large packet can be handed over as it is.
+func (r *reader) Buffer() []byte {
+	if r.view == nil {
+		r.view = buffer.NewViewSize(buffer.MaxChunkSize)
+		r.buf = r.view.AsSlice()
+	}
+	return r.buf
+}
+
+// Packet passes on what was read.
+func (r *reader) Packet(h *tun.Header, n int) {
+	r.link.count.packetsIn.Add(1)
+	r.link.count.bytesIn.Add(uint64(n))
+	p := &r.pkt
+	switch p.parse(r.buf[:n], h); p.verdict {
+	case toUDP:
+		r.udp(p.src, p.dst, p.payload)
+	case toNetstack:
+		r.deliver(r.trusted, p)
+	case toNetstackSlow:
+		r.deliver(r.checked, p)
+	case dropped:
+		r.link.count.drop(p.why)
+	}
+	if r.seen++; r.seen == batch {
+		r.Idle()
+	}
+}
+
+// deliver gives the packet to netstack, which queues TCP segments to its processor goroutines: handled here, in the reader, an
+// acknowledgement that frees a window would be waited for by the very goroutine that has to read it.
+func (r *reader) deliver(n *nic, p *packet) {
+	var payload buffer.Buffer
+	if p.length <= copyMax {
+		payload = buffer.MakeWithData(r.buf[:p.length])
+	} else {
+		big := r.view
+		r.view = nil
+		big.CapLength(p.length)
+		if p.headers > 0 {
+			// The headers in a view of their own: with them in the same chunk as the payload, pulling them up would clone all
+			// 64 KiB as soon as the chunk is shared (8 to 13 % of the CPU).
+			payload = buffer.MakeWithView(headerView(r.buf[:p.headers]))
+			big.TrimFront(p.headers)
+		}
+		_ = payload.Append(big) // fails only when it has to copy
+	}
+	pkt := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: payload})
+	n.dispatcher.DeliverNetworkPacket(p.proto, pkt)
+	pkt.DecRef()
+}
+
+// headerView copies b, at most 128 bytes, to the end of a chunk: into room behind it Append would copy the first bytes of the payload,
+// which would then leave by two system calls, the first for a few bytes.
+func headerView(b []byte) *buffer.View {
+	size := 64 // the two smallest chunks gVisor pools
+	if len(b) > size {
+		size = 128
+	}
+	v := buffer.NewViewSize(size)
+	v.TrimFront(size - len(b))
+	copy(v.AsSlice(), b)
+	return v
+}
+
+// Idle passes on what was batched.
+func (r *reader) Idle() {
+	r.seen = 0
+	r.idle()
+}
+
+// close gives the read buffer back.
+func (r *reader) close() {
+	if r.view != nil {
+		r.view.Release()
+		r.view, r.buf = nil, nil
+	}
+}

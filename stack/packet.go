@@ -1,0 +1,212 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package stack
+
+import (
+	"encoding/binary"
+	"net/netip"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/checksum"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+
+	"github.com/mutex-proxy/mutex/tun"
+)
+
+// verdict is where a packet goes from the link.
+type verdict uint8
+
+const (
+	dropped        verdict = iota // packet.why says why
+	toUDP                         // a whole, verified UDP datagram: past netstack, to its socket's session
+	toNetstack                    // netstack may skip the checksums: the kernel vouches for them
+	toNetstackSlow                // netstack must verify everything: forwarded traffic, fragments, anything unusual
+)
+
+// packet is what the link has to know of a packet. Slices alias the read buffer.
+type packet struct {
+	verdict verdict
+	why     drop
+	proto   tcpip.NetworkProtocolNumber
+	length  int // of the IP packet; bytes after it are padding
+	headers int // bytes of IP and TCP header; 0 if it is not plain TCP
+
+	src, dst netip.AddrPort // toUDP only, as is payload
+	payload  []byte
+}
+
+// IPv4 and IPv6 field offsets that gVisor's header package does not export (RFC 791 section 3.1, RFC 8200 section 3).
+const (
+	ip4Length   = 2
+	ip4Fragment = 6
+	ip4Protocol = 9
+	ip6Length   = 4
+	ip6Next     = 6
+
+	ip4FragmentMask = 0x3fff // more-fragments flag and offset
+)
+
+func (p *packet) drop(d drop) { p.verdict, p.why = dropped, d }
+
+// parse classifies the packet b. It is pure, never panics, and lets nothing pass to UDP that netstack's own checks would reject.
+func (p *packet) parse(b []byte, h *tun.Header) {
+	*p = packet{}
+	if len(b) == 0 {
+		p.drop(dropMalformed)
+		return
+	}
+	switch b[0] >> 4 {
+	case header.IPv4Version:
+		p.parse4(b, h)
+	case header.IPv6Version:
+		p.parse6(b, h)
+	default:
+		p.drop(dropMalformed)
+	}
+}
+
+func (p *packet) parse4(b []byte, h *tun.Header) {
+	p.proto = header.IPv4ProtocolNumber
+	if len(b) < header.IPv4MinimumSize {
+		p.drop(dropMalformed)
+		return
+	}
+	hlen := int(b[0]&0xf) * 4
+	p.length = int(binary.BigEndian.Uint16(b[ip4Length:]))
+	if hlen < header.IPv4MinimumSize || p.length < hlen || p.length > len(b) {
+		p.drop(dropMalformed)
+		return
+	}
+	b = b[:p.length]
+	// The kernel sets it on everything it sends itself, and has verified what it forwards; packet sockets write what they like.
+	if checksum.Checksum(b[:hlen], 0) != 0xffff {
+		p.drop(dropChecksum)
+		return
+	}
+	src := netip.AddrFrom4([4]byte(b[12:16]))
+	dst := netip.AddrFrom4([4]byte(b[16:20]))
+	if d, bad := badAddress(src, dst); bad {
+		p.drop(d)
+		return
+	}
+	fragment := binary.BigEndian.Uint16(b[ip4Fragment:])&ip4FragmentMask != 0
+	plain := hlen == header.IPv4MinimumSize && !fragment
+	p.transport(b, h, hlen, tcpip.TransportProtocolNumber(b[ip4Protocol]), plain, fragment, src, dst)
+}
+
+func (p *packet) parse6(b []byte, h *tun.Header) {
+	p.proto = header.IPv6ProtocolNumber
+	if len(b) < header.IPv6MinimumSize {
+		p.drop(dropMalformed)
+		return
+	}
+	p.length = header.IPv6MinimumSize + int(binary.BigEndian.Uint16(b[ip6Length:]))
+	if p.length > len(b) {
+		p.drop(dropMalformed)
+		return
+	}
+	b = b[:p.length]
+	src := netip.AddrFrom16([16]byte(b[8:24]))
+	dst := netip.AddrFrom16([16]byte(b[24:40]))
+	if d, bad := badAddress(src, dst); bad {
+		p.drop(d)
+		return
+	}
+	next := tcpip.TransportProtocolNumber(b[ip6Next])
+	plain := next == header.TCPProtocolNumber || next == header.UDPProtocolNumber
+	// Behind other extension headers a fragment header can hide; the kernel leaves no checksum open in one of those.
+	p.transport(b, h, header.IPv6MinimumSize, next, plain, !plain && h.Flags&tun.NeedsChecksum == 0, src, dst)
+}
+
+// badAddress finds addresses that must not be on the link (RFC 1122 section 3.2.1.3, RFC 4291 section 2.5), and the ones no proxy carries.
+func badAddress(src, dst netip.Addr) (drop, bool) {
+	switch {
+	case dst.IsMulticast(), dst == broadcast4():
+		return dropMulticast, true
+	case src.IsMulticast(), src == broadcast4(), src.IsUnspecified(), dst.IsUnspecified(), src.IsLoopback(), dst.IsLoopback(),
+		src.Is4In6(), dst.Is4In6():
+		return dropMartian, true
+	}
+	return 0, false
+}
+
+func broadcast4() netip.Addr { return netip.AddrFrom4([4]byte{255, 255, 255, 255}) }
+
+// transport decides by the transport protocol, whose header is at b[at:] if plain.
+func (p *packet) transport(b []byte, h *tun.Header, at int, proto tcpip.TransportProtocolNumber, plain, untrusted bool, src, dst netip.Addr) {
+	if h.GSOType != tun.GSONone && !p.trainOK(h, plain, proto) {
+		p.drop(dropOffload)
+		return
+	}
+	verified := !untrusted && vouched(h, at, len(b))
+	switch {
+	case plain && proto == header.UDPProtocolNumber:
+		p.udp(b[at:], verified, src, dst)
+		return
+	case plain && proto == header.TCPProtocolNumber && len(b) >= at+header.TCPMinimumSize:
+		if n := at + int(b[at+header.TCPDataOffset]>>4)*4; n >= at+header.TCPMinimumSize && n <= len(b) {
+			p.headers = n
+		}
+	}
+	p.verdict = toNetstackSlow
+	if verified {
+		p.verdict = toNetstack
+	}
+}
+
+// trainOK says whether the kernel may have made a train of segments of this packet: only TCP without options in front of it is asked for.
+func (p *packet) trainOK(h *tun.Header, plain bool, proto tcpip.TransportProtocolNumber) bool {
+	if !plain || proto != header.TCPProtocolNumber {
+		return false
+	}
+	if p.proto == header.IPv4ProtocolNumber {
+		return h.GSOType == tun.GSOTCP4
+	}
+	return h.GSOType == tun.GSOTCP6
+}
+
+// vouched says whether the kernel answers for the transport checksum: it has verified it, or has not computed it yet, because this machine
+// made the packet. The stack claims receive checksum offload, so what neither holds for must be verified by someone.
+func vouched(h *tun.Header, at, length int) bool {
+	if h.Flags&tun.NeedsChecksum != 0 {
+		start := int(h.CsumStart)
+		return start >= at && start+int(h.CsumOffset)+2 <= length
+	}
+	return h.Flags&tun.ChecksumValid != 0
+}
+
+// udp checks a UDP datagram, b being its header and everything after (RFC 768, RFC 8200 section 8.1).
+func (p *packet) udp(b []byte, verified bool, src, dst netip.Addr) {
+	if len(b) < header.UDPMinimumSize || int(binary.BigEndian.Uint16(b[4:])) != len(b) {
+		p.drop(dropMalformed)
+		return
+	}
+	if !verified && !udpChecksumOK(b, src, dst) {
+		p.drop(dropChecksum)
+		return
+	}
+	p.verdict = toUDP
+	p.src = netip.AddrPortFrom(src, binary.BigEndian.Uint16(b))
+	p.dst = netip.AddrPortFrom(dst, binary.BigEndian.Uint16(b[2:]))
+	p.payload = b[header.UDPMinimumSize:]
+}
+
+func udpChecksumOK(b []byte, src, dst netip.Addr) bool {
+	if b[6]|b[7] == 0 {
+		return src.Is4() // IPv4 may go without
+	}
+	return checksum.Checksum(b, pseudoSum(header.UDPProtocolNumber, src, dst, len(b))) == 0xffff
+}
+
+// pseudoSum returns the sum of the pseudo-header of a transport protocol, not complemented.
+func pseudoSum(proto tcpip.TransportProtocolNumber, src, dst netip.Addr, length int) uint16 {
+	var sum uint16
+	if src.Is4() {
+		s, d := src.As4(), dst.As4()
+		sum = checksum.Checksum(d[:], checksum.Checksum(s[:], 0))
+	} else {
+		s, d := src.As16(), dst.As16()
+		sum = checksum.Checksum(d[:], checksum.Checksum(s[:], 0))
+	}
+	return checksum.Combine(checksum.Combine(sum, uint16(proto)), uint16(length))
+}

@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+// Package stack is the network stack in user space behind a context's TUN device: it turns packets into connections, datagrams and echo
+// requests, and asks a Handler (package flow) what shall become of them.
+//
+// It is the only importer of gVisor's netstack, which does TCP, reassembly and ICMP; UDP goes past it. It decides nothing, opens no
+// sockets and knows no upstream. link.go is the fast path; tcp.go, udp.go and icmp.go what arrives by it; conn.go an accepted connection,
+// splice.go its copy-free relay. cmd/mprox/daemon builds one Stack a context.
+package stack
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"sync"
+
+	"go.uber.org/zap"
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
+	"gvisor.dev/gvisor/pkg/tcpip/network/ipv6"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/icmp"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
+
+	"github.com/mutex-proxy/mutex/flow"
+	"github.com/mutex-proxy/mutex/tun"
+)
+
+// Handler is told of everything that arrives; *flow.Handler is one. Each call has a goroutine of its own; ctx ends when the Stack closes, and Close
+// waits for the calls.
+type Handler interface {
+	// TCP answers p and returns when the connection has ended. If it answers nothing, the application is left without one.
+	TCP(ctx context.Context, src, orig netip.AddrPort, p flow.Pending)
+	// UDP serves the application socket src until it is idle. A datagram that comes later is a new call.
+	UDP(ctx context.Context, src netip.AddrPort, in flow.PacketSource, out flow.PacketSink)
+	// Echo says whether dst lives and, if not, what to tell src.
+	Echo(ctx context.Context, src, dst netip.Addr) (alive bool, r flow.Reason)
+}
+
+// Config is what a Stack is built from.
+type Config struct {
+	Device  *tun.Device // remains the caller's, to be closed after the Stack
+	Handler Handler
+	Log     *zap.Logger // nil = silence
+
+	MaxPendingTCP  int // unanswered connection requests, half of them from one source; 0 = 16384
+	MaxUDPSessions int // application sockets; 0 = 32768
+}
+
+// Stack is the network stack of one context.
+type Stack struct {
+	cfg    Config
+	ctx    context.Context //nolint:containedctx // the life of the Stack, given to each Handler call
+	cancel context.CancelFunc
+	count  counters
+	link   *link
+	send   sender
+	copies pool
+	tcp    *tcpFront
+	udp    *udpTable
+	echo   *echoTable
+
+	ns      *stack.Stack // nil before Start
+	readers sync.WaitGroup
+
+	mu      sync.Mutex
+	started bool
+	closed  bool
+	done    chan struct{} // closed when Close has finished
+}
+
+// New checks the configuration and builds a Stack that does nothing until Start.
+func New(cfg Config) (*Stack, error) {
+	switch {
+	case cfg.Device == nil:
+		return nil, errors.New("stack: no device")
+	case cfg.Handler == nil:
+		return nil, errors.New("stack: no handler")
+	case cfg.MaxPendingTCP < 0 || cfg.MaxUDPSessions < 0:
+		return nil, errors.New("stack: a negative limit")
+	}
+	if cfg.Log == nil {
+		cfg.Log = zap.NewNop()
+	}
+	if cfg.MaxPendingTCP == 0 {
+		cfg.MaxPendingTCP = defaultPendingTCP
+	}
+	if cfg.MaxUDPSessions == 0 {
+		cfg.MaxUDPSessions = defaultUDPSessions
+	}
+	s := &Stack{cfg: cfg, copies: pool{size: copySize}, done: make(chan struct{})}
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	s.link = newLink(cfg.Device, &s.count)
+	s.send.link = s.link
+	s.tcp = &tcpFront{s: s, max: cfg.MaxPendingTCP, pending: map[stack.TransportEndpointID]*syn{}, perSource: map[tcpip.Address]int{}}
+	s.udp = newUDPTable(s, cfg.MaxUDPSessions)
+	s.echo = newEchoTable(s)
+	return s, nil
+}
+
+// Start begins to read the device. It can be called once.
+func (s *Stack) Start() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.started || s.closed {
+		return errors.New("stack: started or closed before")
+	}
+	s.started = true
+	trusted, checked := newTrusted(s.link), newChecked(s.link)
+	if err := s.build(trusted, checked); err != nil {
+		return fmt.Errorf("stack: %w", err)
+	}
+	for _, q := range s.cfg.Device.Queues() {
+		s.readers.Go(func() {
+			r := &reader{link: s.link, trusted: trusted, checked: checked, udp: s.udp.receive, idle: func() {}}
+			defer r.close()
+			if err := q.Receive(r); err != nil && s.ctx.Err() == nil {
+				s.cfg.Log.Error("reading the tun device ended", zap.String("device", s.cfg.Device.Name()), zap.Error(err))
+			}
+		})
+	}
+	return nil
+}
+
+// build makes netstack.
+func (s *Stack) build(trusted, checked *nic) error {
+	s.ns = stack.New(stack.Options{
+		NetworkProtocols: []stack.NetworkProtocolFactory{
+			ipv4.NewProtocol,
+			ipv6.NewProtocolWithOptions(ipv6.Options{
+				// Nothing of its own on the link: no router solicitations, and no addresses to defend.
+				NDPConfigs: ipv6.NDPConfigurations{HandleRAs: ipv6.HandlingRAsDisabled},
+			}),
+		},
+		// UDP is there for what has to be reassembled, ICMP to be asked by the echo handlers.
+		TransportProtocols: []stack.TransportProtocolFactory{tcp.NewProtocol, udp.NewProtocol, icmp.NewProtocol4, icmp.NewProtocol6},
+		// Every destination counts as local (promiscuous): two applications talking would otherwise meet inside netstack, past every rule.
+		HandleLocal: false,
+	})
+	if err := setTCPOptions(s.ns); err != nil {
+		return err
+	}
+	s.tcp.fwd = tcp.NewForwarder(s.ns, bufferMin, s.tcp.max, s.tcp.serve)
+	s.ns.SetTransportProtocolHandler(tcp.ProtocolNumber, s.tcp.handle)
+	s.ns.SetTransportProtocolHandler(udp.ProtocolNumber, s.udp.handle)
+	s.ns.SetTransportProtocolHandler(icmp.ProtocolNumber4, s.echo.handle)
+	s.ns.SetTransportProtocolHandler(icmp.ProtocolNumber6, s.echo.handle)
+	var routes []tcpip.Route
+	for id, n := range map[tcpip.NICID]*nic{nicTrusted: trusted, nicChecked: checked} {
+		if err := s.ns.CreateNIC(id, n); err != nil {
+			return fmt.Errorf("nic %d: %s", id, err)
+		}
+		// Receive packets to any address, and send packets from any: the applications' destinations.
+		if err := s.ns.SetPromiscuousMode(id, true); err != nil {
+			return fmt.Errorf("nic %d: promiscuous: %s", id, err)
+		}
+		if err := s.ns.SetSpoofing(id, true); err != nil {
+			return fmt.Errorf("nic %d: spoofing: %s", id, err)
+		}
+		routes = append(routes, tcpip.Route{Destination: header.IPv4EmptySubnet, NIC: id}, tcpip.Route{Destination: header.IPv6EmptySubnet, NIC: id})
+	}
+	s.ns.SetRouteTable(routes)
+	return nil
+}
+
+// Close ends everything: applications are sent RST, the Handler's calls are waited for. It is idempotent and waits in every call.
+func (s *Stack) Close() error {
+	s.mu.Lock()
+	first, started := !s.closed, s.started
+	s.closed = true
+	s.mu.Unlock()
+	if !first {
+		<-s.done
+		return nil
+	}
+	defer close(s.done)
+	s.cancel()
+	s.tcp.close()
+	if started {
+		for _, q := range s.cfg.Device.Queues() {
+			q.Stop()
+		}
+		s.readers.Wait()
+	}
+	s.udp.close()
+	s.echo.close()
+	if s.ns != nil {
+		s.ns.Close() // resets every connection, which ends the relays
+		s.tcp.wg.Wait()
+		s.ns.Wait()
+	}
+	return nil
+}
