@@ -17,8 +17,9 @@ import (
 // Direct is the upstream that is none: connections leave by the machine's own routes, past the capture. It takes addresses only; names
 // are resolved by WithNames, through the context's DNS. Without that a name is an error: asking the machine's resolver would be a leak.
 type Direct struct {
-	name string
-	net  *Net
+	name  string
+	net   *Net
+	allow func(netip.AddrPort) bool // nil = all
 	stats
 }
 
@@ -43,6 +44,9 @@ func (d *Direct) Dial(ctx context.Context, dst flow.Addr) (flow.Conn, error) {
 	if !dst.IP.IsValid() {
 		return nil, fmt.Errorf("direct %s: %w: name not resolved", dst, flow.ErrHostUnreachable)
 	}
+	if d.allow != nil && !d.allow(dst.AddrPort()) {
+		return nil, fmt.Errorf("direct %s: %w", dst, flow.ErrProhibited)
+	}
 	c, err := d.net.dialTCP(ctx, dst.AddrPort())
 	if err != nil {
 		return nil, fmt.Errorf("direct: %w", withReason(err))
@@ -65,9 +69,9 @@ func (d *Direct) ListenPacket(ctx context.Context, _ *flow.Flow) (flow.PacketCon
 	if err != nil {
 		return nil, fmt.Errorf("direct: %w", withReason(err))
 	}
-	pc, err := newPlainUDP(d.net, c, &d.dropped)
+	pc, err := newPlainUDP(d, c)
 	if err != nil {
-		c.Close()
+		_ = c.Close()
 		return nil, fmt.Errorf("direct: %w", err)
 	}
 	d.active.Add(1)

@@ -58,8 +58,8 @@ func (n *Net) putBatch(b *batch, used int) {
 
 // codec is what lies between a payload and a datagram on the wire.
 type codec interface {
-	// send fills message i of b for d, and reports whether d can be sent at all.
-	send(b *batch, i int, d *flow.Datagram) bool
+	// send fills message i of b for d. An error means that d cannot be sent.
+	send(b *batch, i int, d *flow.Datagram) error
 	// prepare fills message i of b to receive into buf.
 	prepare(b *batch, i int, buf []byte)
 	// received turns message i, of n bytes, into d, and reports whether it is fit to be delivered.
@@ -160,8 +160,8 @@ func (c *batchConn) accept(b *batch, i int) {
 	r.n++
 }
 
-// WriteBatch sends the datagrams in order. One that cannot be sent (too large, a destination without a route) is dropped and counted, as
-// the network would; an error means that the socket is of no more use.
+// WriteBatch sends the datagrams in order. If one cannot be sent (too large, no route to its destination), it returns how many went before
+// it and why: the next call may go on behind it. Any other error means that the socket is of no more use.
 func (c *batchConn) WriteBatch(ds []flow.Datagram) (int, error) {
 	w := &c.wr
 	w.mu.Lock()
@@ -186,34 +186,33 @@ func (c *batchConn) send(fd uintptr) bool {
 	w := &c.wr
 	b := c.net.getBatch()
 	defer c.net.putBatch(b, len(w.ds))
-	for w.n < len(w.ds) {
+	for w.n < len(w.ds) && w.err == nil {
 		k := 0
 		for k < len(w.ds)-w.n {
 			b.hdrs[k] = mmsghdr{hdr: unix.Msghdr{Iov: &b.iovs[k][0]}}
-			if !c.codec.send(b, k, &w.ds[w.n+k]) {
+			if w.err = c.codec.send(b, k, &w.ds[w.n+k]); w.err != nil {
 				break
 			}
 			k++
 		}
 		if k == 0 {
-			c.dropped.Add(1)
-			w.n++
-			continue
+			break
 		}
 		sent, errno := mmsg(unix.SYS_SENDMMSG, fd, b.hdrs[:k])
+		if errno != 0 || sent < k {
+			w.err = nil // the datagram that cannot be sent is not the next one yet
+		}
 		switch errno {
 		case 0:
 			w.n += sent
 		case unix.EINTR:
 		case unix.EAGAIN:
 			return false
-		case unix.EMSGSIZE, unix.ENOBUFS, unix.EPERM, unix.EACCES, unix.ENETUNREACH, unix.EHOSTUNREACH, unix.EINVAL, unix.EADDRNOTAVAIL,
-			unix.EAFNOSUPPORT:
-			c.dropped.Add(1) // the first of them is at fault; the others have not been tried
+		case unix.ENOBUFS: // the device's queue is full: a loss like any other on the way
+			c.dropped.Add(1)
 			w.n++
 		default:
-			w.err = errno
-			return true
+			w.err = errno // the first of them is at fault; the others have not been tried
 		}
 	}
 	return true
@@ -232,7 +231,10 @@ func setIov(v *unix.Iovec, p []byte) {
 }
 
 // plainCodec carries payloads as they are, with the peer's address in the socket address.
-type plainCodec struct{ v4 bool } // the socket is of AF_INET; else AF_INET6 with v4-mapped addresses
+type plainCodec struct {
+	v4    bool                      // the socket is of AF_INET; else AF_INET6 with v4-mapped addresses
+	allow func(netip.AddrPort) bool // nil = all
+}
 
 func (p *plainCodec) prepare(b *batch, i int, buf []byte) {
 	setIov(&b.iovs[i][0], buf)
@@ -258,9 +260,14 @@ func (p *plainCodec) received(b *batch, i, n int, d *flow.Datagram) bool {
 	return true
 }
 
-func (p *plainCodec) send(b *batch, i int, d *flow.Datagram) bool {
-	if !d.Addr.IP.IsValid() || p.v4 && !d.Addr.IP.Unmap().Is4() {
-		return false
+func (p *plainCodec) send(b *batch, i int, d *flow.Datagram) error {
+	switch {
+	case !d.Addr.IP.IsValid() || d.Addr.Port == 0:
+		return flow.ErrHostUnreachable
+	case p.v4 && !d.Addr.IP.Unmap().Is4():
+		return flow.ErrNetUnreachable
+	case p.allow != nil && !p.allow(netip.AddrPortFrom(d.Addr.IP.Unmap(), d.Addr.Port)):
+		return flow.ErrProhibited
 	}
 	sa := &b.names[i]
 	h := &b.hdrs[i].hdr
@@ -277,7 +284,7 @@ func (p *plainCodec) send(b *batch, i int, d *flow.Datagram) bool {
 	h.Name = (*byte)(unsafe.Pointer(sa))
 	setIov(&b.iovs[i][0], d.Buf)
 	h.SetIovlen(1)
-	return true
+	return nil
 }
 
 // plainUDP is an unconnected socket of our own: the association of Direct.
@@ -287,10 +294,10 @@ type plainUDP struct {
 	onClose func()
 }
 
-func newPlainUDP(n *Net, c *net.UDPConn, dropped *atomic.Uint64) (*plainUDP, error) {
+func newPlainUDP(d *Direct, c *net.UDPConn) (*plainUDP, error) {
 	p := new(plainUDP)
-	cd := new(plainCodec)
-	if err := p.init(n, c, cd, dropped); err != nil {
+	cd := &plainCodec{allow: d.allow}
+	if err := p.init(d.net, c, cd, &d.dropped); err != nil {
 		return nil, err
 	}
 	var domain int

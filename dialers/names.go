@@ -53,8 +53,13 @@ func WithNames(d flow.Dialer, names flow.Names) flow.Dialer {
 	return withResolver(d, names)
 }
 
-// NewExit returns a Direct that resolves names with n's own resolver: for servers, which are somebody else's upstream.
-func NewExit(name string, n *Net) flow.Dialer { return withResolver(NewDirect(name, n), exitNames{n}) }
+// NewExit returns a Direct that resolves names with n's own resolver: for servers, which are somebody else's upstream. allow is asked for
+// each address before a packet goes there, so that a server need not be a way into its own machine; nil allows all.
+func NewExit(name string, n *Net, allow func(netip.AddrPort) bool) flow.Dialer {
+	d := NewDirect(name, n)
+	d.allow = allow
+	return withResolver(d, exitNames{n})
+}
 
 type exitNames struct{ n *Net }
 
@@ -80,9 +85,6 @@ type resolving struct {
 
 // Status is that of the upstream.
 func (r *resolving) Status() Status { return StatusOf(r.Dialer) }
-
-// unwrap returns the upstream.
-func (r *resolving) unwrap() flow.Dialer { return r.Dialer }
 
 func (r *resolving) takesNames() bool { return true }
 
@@ -163,7 +165,7 @@ func (r *resolving) ListenPacket(ctx context.Context, f *flow.Flow) (flow.Packet
 type namedPackets struct {
 	flow.PacketConn
 	r      *resolving
-	ctx    context.Context //nolint:containedctx // ends with Close: it is the association's life, not a caller's
+	ctx    context.Context // the association's life, not a caller's: ends with Close
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 	write  sync.Mutex // look-ups that end write too

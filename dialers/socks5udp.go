@@ -12,6 +12,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/mutex-proxy/mutex/flow"
 )
 
@@ -70,7 +72,7 @@ func (s *SOCKS5) associate(ctx context.Context) (*association, error) {
 	}
 	ctl.Abort()
 	if udp != nil {
-		udp.Close()
+		_ = udp.Close()
 	}
 	return nil, s.ended(ctx, "udp associate", s.noUDP(err))
 }
@@ -128,7 +130,7 @@ type association struct {
 
 func newAssociation(s *SOCKS5, ctl *TCPConn, udp *net.UDPConn) (*association, error) {
 	a := &association{s: s, ctl: ctl}
-	if err := a.init(s.net, udp, &socksCodec{names: s.names}, &s.dropped); err != nil {
+	if err := a.init(s.net, udp, &socksCodec{names: s.names, ipv6: &s.ipv6}, &s.dropped); err != nil {
 		return nil, err
 	}
 	s.track(ctl)
@@ -150,7 +152,7 @@ func (a *association) control() {
 		a.mu.Lock()
 		a.cause = a.s.wrap("udp association", fmt.Errorf("%w: ended by the server: %w", flow.ErrUpstream, err))
 		a.mu.Unlock()
-		a.UDPConn.Close()
+		_ = a.UDPConn.Close()
 		return
 	}
 }
@@ -161,9 +163,12 @@ func (a *association) ReadBatch(ds []flow.Datagram) (int, error) {
 	return n, a.why(err)
 }
 
-// WriteBatch sends ds through the relay.
+// WriteBatch sends ds through the relay. An error about one datagram leaves the association as it is, and is not flow.ErrUpstream.
 func (a *association) WriteBatch(ds []flow.Datagram) (int, error) {
 	n, err := a.batchConn.WriteBatch(ds)
+	if errors.Is(err, unix.EMSGSIZE) || errors.Is(err, flow.ErrHostUnreachable) || errors.Is(err, flow.ErrNetUnreachable) {
+		return n, err
+	}
 	return n, a.why(err)
 }
 
@@ -188,8 +193,8 @@ func (a *association) SetReadDeadline(t time.Time) error { return a.UDPConn.SetR
 // Close ends the association at the server and waits for its goroutine.
 func (a *association) Close() error {
 	a.once.Do(func() {
-		a.UDPConn.Close()
-		a.ctl.Close()
+		_ = a.UDPConn.Close()
+		_ = a.ctl.Close()
 		a.watch.Wait()
 		a.mu.Lock()
 		a.cause = nil
@@ -206,28 +211,31 @@ func (a *association) Close() error {
 //	   2      1      1    variable       2
 type socksCodec struct {
 	names bool // send names
+	ipv6  *capability
 	// host is the last name that came in a header: a server that answers with names answers with the same one most of the time.
 	host string
 	ip   netip.Addr // host, if that is an IP literal
 }
 
-func (s *socksCodec) send(b *batch, i int, d *flow.Datagram) bool {
+func (s *socksCodec) send(b *batch, i int, d *flow.Datagram) error {
 	addr := flow.Addr{Port: d.Addr.Port, IP: d.Addr.IP}
 	switch {
 	case s.names && d.Addr.Host != "":
 		if addr.Host = d.Addr.Host; len(addr.Host) > 255 {
-			return false
+			return flow.ErrHostUnreachable
 		}
 	case !addr.IP.IsValid():
-		return false
+		return flow.ErrHostUnreachable
 	default:
-		addr.IP = addr.IP.Unmap()
+		if addr.IP = addr.IP.Unmap(); addr.IP.Is6() && s.ipv6.denied() {
+			return flow.ErrNetUnreachable
+		}
 	}
 	head := appendSOCKSAddr(append(b.heads[i][:0], 0, 0, 0), addr)
 	setIov(&b.iovs[i][0], head)
 	setIov(&b.iovs[i][1], d.Buf)
 	b.hdrs[i].hdr.SetIovlen(2)
-	return true
+	return nil
 }
 
 func (s *socksCodec) prepare(b *batch, i int, buf []byte) {

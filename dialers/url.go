@@ -213,7 +213,7 @@ func checkHost(host string) error {
 			if c >= 0x80 {
 				return urlErr("host", "international names are written in punycode (xn--...)")
 			}
-			if !('a' <= c && c <= 'z' || '0' <= c && c <= '9' || c == '-' || c == '_') {
+			if (c < 'a' || c > 'z') && (c < '0' || c > '9') && c != '-' && c != '_' {
 				return urlErr("host", "invalid character in the name")
 			}
 		}
