@@ -1,35 +1,58 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package server is a proxy server: SOCKS5 and HTTP CONNECT on one port. It is what `mprox serve` and `mprox demo` run, and an exit node.
+// Package server is a proxy server: SOCKS5 (CONNECT, UDP ASSOCIATE) and HTTP CONNECT on one port. It is what `mprox serve` and
+// `mprox demo` run, and an exit node.
 //
-// It is no part of the path of captured traffic. Where connections go to is a flow.Dialer: dialers.NewExit for an exit node, any upstream
-// for a chain.
+// It is no part of the path of captured traffic. Where connections go to is a flow.Dialer: this machine, or any upstream for a chain.
 package server
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"net"
+	"net/netip"
 	"sync"
 	"time"
 
 	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
 
+	"github.com/mutex-proxy/mutex/dialers"
 	"github.com/mutex-proxy/mutex/flow"
+)
+
+const (
+	defaultMaxConns  = 4096
+	defaultMaxUDP    = 512 // 130 KB of buffers each
+	defaultHandshake = 10 * time.Second
+	defaultDial      = 15 * time.Second
+	defaultIdle      = 2 * time.Hour
+	defaultUDPIdle   = 5 * time.Minute
+	// readBuffer holds the longest SOCKS5 request, and bounds a line of an HTTP request.
+	readBuffer = 8 << 10
+	// acceptPause is how long to wait when descriptors have run out: until one is closed, accepting can only fail.
+	acceptPause = 50 * time.Millisecond
+	// lingerTime and lingerBytes bound what is read of a client that was refused, so that the refusal is not lost in a RST.
+	lingerTime  = time.Second
+	lingerBytes = 64 << 10
 )
 
 // Config says who may do what. The zero value of a limit means its default.
 type Config struct {
-	Dialer flow.Dialer // where connections and associations go
-	// Users maps names to passwords. Nil and Auth nil: nobody needs to authenticate.
+	Net *dialers.Net // opens the UDP sockets towards clients; required
+	// Dialer is where connections and associations go; nil means this machine, names resolved by Net.
+	Dialer flow.Dialer
+	// Users maps names to passwords. Nil, with Auth nil: nobody needs to authenticate. Empty: nobody can.
 	Users map[string]string
 	// Auth overrides Users. It must take the same time whether the user exists or not.
 	Auth func(user, password string) bool
-	// Allow is asked for each destination address; nil allows all.
-	Allow func(flow.Addr) bool
+	// Allow is asked for each address before it is dialled or sent to, after names are resolved; nil allows all. Not with a Dialer.
+	Allow func(netip.AddrPort) bool
 
 	MaxConns         int           // open connections; 4096. More are closed at once.
-	HandshakeTimeout time.Duration // from accept to the request; 10 s
+	MaxUDP           int           // open associations; 512. More are refused.
+	HandshakeTimeout time.Duration // from accept to the whole request; 10 s
 	DialTimeout      time.Duration // to reach a destination; 15 s
 	IdleTimeout      time.Duration // of a TCP connection without a byte either way; 2 h
 	UDPIdleTimeout   time.Duration // of an association without a datagram either way; 5 min
@@ -39,24 +62,265 @@ type Config struct {
 // Server is a proxy server.
 type Server struct {
 	cfg  Config
-	mu   sync.Mutex
-	done bool
-	wg   sync.WaitGroup
+	auth func(user, password string) bool // nil = nobody needs to
+
+	wg  sync.WaitGroup // connections and accept loops
+	udp chan struct{}  // a token an association
+
+	mu        sync.Mutex
+	closed    bool
+	listeners map[net.Listener]struct{}
+	conns     map[*session]struct{}
 }
 
 // New checks the configuration. It opens nothing.
 func New(cfg Config) (*Server, error) {
-	if cfg.Dialer == nil {
-		return nil, errors.New("serve: no dialer")
+	if cfg.Net == nil {
+		return nil, errors.New("serve: no net")
 	}
-	return &Server{cfg: cfg}, nil
+	if cfg.Dialer != nil && cfg.Allow != nil {
+		return nil, errors.New("serve: allow needs this machine as the dialer")
+	}
+	if cfg.Dialer == nil {
+		cfg.Dialer = dialers.NewExit("direct", cfg.Net, cfg.Allow)
+	}
+	if cfg.Log == nil {
+		cfg.Log = zap.NewNop()
+	}
+	cfg.MaxConns = or(cfg.MaxConns, defaultMaxConns)
+	cfg.MaxUDP = or(cfg.MaxUDP, defaultMaxUDP)
+	cfg.HandshakeTimeout = or(cfg.HandshakeTimeout, defaultHandshake)
+	cfg.DialTimeout = or(cfg.DialTimeout, defaultDial)
+	cfg.IdleTimeout = or(cfg.IdleTimeout, defaultIdle)
+	cfg.UDPIdleTimeout = or(cfg.UDPIdleTimeout, defaultUDPIdle)
+	s := &Server{
+		cfg: cfg, auth: cfg.Auth, udp: make(chan struct{}, cfg.MaxUDP), listeners: make(map[net.Listener]struct{}),
+		conns: make(map[*session]struct{}),
+	}
+	if s.auth == nil && cfg.Users != nil {
+		s.auth = userList(cfg.Users)
+	}
+	return s, nil
 }
 
-// Serve accepts connections until ctx ends, Close is called or l fails. It closes l.
+func or[T int | time.Duration](v, def T) T {
+	if v <= 0 {
+		return def
+	}
+	return v
+}
+
+// Serve accepts connections until ctx ends, Close is called (nil is returned) or l fails. It closes l. Connections go on after it returns.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
-	<-ctx.Done()
-	return l.Close()
+	if !s.listen(l) {
+		return l.Close()
+	}
+	stop := context.AfterFunc(ctx, func() { l.Close() })
+	defer func() {
+		stop()
+		l.Close()
+		s.mu.Lock()
+		delete(s.listeners, l)
+		s.mu.Unlock()
+		s.wg.Done()
+	}()
+	for {
+		c, err := l.Accept()
+		if err == nil {
+			s.accept(c)
+			continue
+		}
+		if ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
+			return nil
+		}
+		if !temporary(err) {
+			return err
+		}
+		s.cfg.Log.Warn("accept", zap.Error(err))
+		select {
+		case <-time.After(acceptPause):
+		case <-ctx.Done():
+		}
+	}
 }
 
-// Close ends all connections and waits for them. It is idempotent.
-func (s *Server) Close() error { return nil }
+// temporary reports whether accept(2) failed for want of something that comes back, or because of the one connection.
+func temporary(err error) bool {
+	for _, e := range [...]error{unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM, unix.ECONNABORTED, unix.EPERM} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
+}
+
+func (s *Server) listen(l net.Listener) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return false
+	}
+	s.listeners[l] = struct{}{}
+	s.wg.Add(1)
+	return true
+}
+
+// accept starts a connection's goroutine, or closes the connection if there are too many.
+func (s *Server) accept(nc net.Conn) {
+	tc, ok := nc.(*net.TCPConn)
+	if !ok {
+		nc.Close()
+		return
+	}
+	c := &session{s: s, conn: &dialers.TCPConn{TCPConn: tc}, start: time.Now()}
+	c.ctx, c.cancel = context.WithCancelCause(context.Background())
+	s.mu.Lock()
+	full := len(s.conns) >= s.cfg.MaxConns
+	if full || s.closed {
+		s.mu.Unlock()
+		c.conn.Abort()
+		if full {
+			s.cfg.Log.Warn("connection refused: too many", zap.Int("limit", s.cfg.MaxConns))
+		}
+		return
+	}
+	s.conns[c] = struct{}{}
+	s.wg.Add(1)
+	s.mu.Unlock()
+	go func() {
+		defer s.wg.Done()
+		c.run()
+		s.mu.Lock()
+		delete(s.conns, c)
+		s.mu.Unlock()
+	}()
+}
+
+// Active returns the number of open connections.
+func (s *Server) Active() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.conns)
+}
+
+// Shutdown stops accepting and waits for the connections to end by themselves; when ctx ends before, it ends them.
+func (s *Server) Shutdown(ctx context.Context) error {
+	s.stop()
+	done := make(chan struct{})
+	go func() {
+		s.wg.Wait()
+		close(done)
+	}()
+	select {
+	case <-done:
+		return nil
+	case <-ctx.Done():
+		err := s.Close()
+		<-done
+		return errors.Join(context.Cause(ctx), err)
+	}
+}
+
+// Close stops accepting, ends all connections and waits for them. It is idempotent.
+func (s *Server) Close() error {
+	s.stop()
+	s.mu.Lock()
+	for c := range s.conns {
+		c.cancel(net.ErrClosed)
+	}
+	s.mu.Unlock()
+	s.wg.Wait()
+	return nil
+}
+
+func (s *Server) stop() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.closed = true
+	for l := range s.listeners {
+		l.Close()
+	}
+}
+
+// session is one connection of a client.
+type session struct {
+	s      *Server
+	conn   *dialers.TCPConn
+	in     *bufio.Reader   // what the client sends; after the request, what is buffered belongs to the destination
+	ctx    context.Context // the connection's life, not a caller's: ends with Close
+	cancel context.CancelCauseFunc
+	start  time.Time
+
+	user string
+	dst  string // where it wanted to go, for the log
+}
+
+// run serves one connection from its first byte to its end.
+func (c *session) run() {
+	defer c.cancel(nil)
+	stop := context.AfterFunc(c.ctx, c.conn.Abort)
+	defer stop()
+	_ = c.conn.SetDeadline(time.Now().Add(c.s.cfg.HandshakeTimeout))
+	c.in = bufio.NewReaderSize(c.conn, readBuffer)
+	err := c.handshake()
+	_ = c.conn.Close()
+	log := c.s.cfg.Log.With(
+		zap.Stringer("client", c.conn.RemoteAddr()), zap.String("user", c.user), zap.String("dst", c.dst),
+		zap.Duration("time", time.Since(c.start)),
+	)
+	if err != nil {
+		log.Info("connection failed", zap.Error(err))
+		return
+	}
+	log.Info("connection ended")
+}
+
+// handshake finds out what the client speaks by its first byte.
+func (c *session) handshake() error {
+	first, err := c.in.Peek(1)
+	if err != nil {
+		return err
+	}
+	switch {
+	case first[0] == socksVersion:
+		return c.socks5()
+	case 'A' <= first[0] && first[0] <= 'Z':
+		return c.http()
+	}
+	c.conn.Abort()
+	return errProtocol
+}
+
+var (
+	errProtocol = errors.New("neither SOCKS5 nor HTTP")
+	errAuth     = errors.New("wrong user or password")
+)
+
+// dial opens the connection that the client asks for.
+func (c *session) dial(dst flow.Addr) (flow.Conn, error) {
+	ctx, cancel := context.WithTimeout(c.ctx, c.s.cfg.DialTimeout)
+	defer cancel()
+	_ = c.conn.SetDeadline(time.Time{})
+	return c.s.cfg.Dialer.Dial(ctx, dst)
+}
+
+// refuse sends a reply and closes so that the client gets to read it: closing with unread bytes in the socket would send RST.
+func (c *session) refuse(reply []byte) {
+	_ = c.conn.SetDeadline(time.Now().Add(lingerTime))
+	if _, err := c.conn.Write(reply); err != nil || c.conn.CloseWrite() != nil {
+		return
+	}
+	var buf [4096]byte
+	for n := 0; n < lingerBytes; {
+		k, err := c.in.Read(buf[:])
+		if err != nil {
+			return
+		}
+		n += k
+	}
+}
+
+// clientAddr returns the client's address without a port.
+func (c *session) clientAddr() netip.Addr {
+	return c.conn.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap()
+}
