@@ -342,3 +342,9 @@ func (l *Lab) PublicBinary(t *testing.T) string {
 	}
 	return p
 }
+
+// Local runs the program to its end outside of any lab, for what needs neither root nor a network.
+func Local(t *testing.T, args ...string) Result {
+	t.Helper()
+	return Exec(t, exec.Command(Binary(t), args...))
+}

@@ -130,12 +130,23 @@ func (l *Lab) Dante(t *testing.T, port uint16, auth bool) *Server {
 // DanteVia is Dante with an external interface or address of its own: an IPv4 address alone makes an upstream without IPv6.
 func (l *Lab) DanteVia(t *testing.T, port uint16, auth bool, external string) *Server {
 	t.Helper()
+	return l.dante(t, netip.AddrPortFrom(ProxyV4, port), auth, external)
+}
+
+// DanteAt is Dante at another address of the proxy host.
+func (l *Lab) DanteAt(t *testing.T, at netip.AddrPort) *Server {
+	t.Helper()
+	return l.dante(t, at, false, "eth1")
+}
+
+func (l *Lab) dante(t *testing.T, at netip.AddrPort, auth bool, external string) *Server {
+	t.Helper()
 	method, pass := "none", ""
 	if auth {
 		method, pass = "username", Password
 	}
 	var b strings.Builder
-	fmt.Fprintf(&b, "logoutput: stderr\ninternal: wan0 port = %d\nexternal: %s\nsocksmethod: %s\nclientmethod: none\n", port, external, method)
+	fmt.Fprintf(&b, "logoutput: stderr\ninternal: %s port = %d\nexternal: %s\nsocksmethod: %s\nclientmethod: none\n", at.Addr(), at.Port(), external, method)
 	b.WriteString("user.privileged: root\nuser.unprivileged: nobody\ntimeout.connect: 5\n")
 	for _, fam := range []string{"0.0.0.0/0", "::/0"} {
 		fmt.Fprintf(&b, "client pass {\n from: %s to: 0.0.0.0/0\n log: error\n}\n", fam)
@@ -147,10 +158,11 @@ func (l *Lab) DanteVia(t *testing.T, port uint16, auth bool, external string) *S
 			fmt.Fprintf(&b, "socks pass {\n from: %s to: %s\n command: bindreply udpreply\n log: error\n}\n", from, to)
 		}
 	}
-	conf := l.File(fmt.Sprintf("dante-%d.conf", port), b.String())
+	name := fmt.Sprintf("dante-%s-%d", at.Addr(), at.Port())
+	conf := l.File(name+".conf", b.String())
 	return l.serve(t, &Server{
-		Name: fmt.Sprintf("dante-%d", port), Scheme: "socks5h", Addr: netip.AddrPortFrom(ProxyV4, port), Pass: pass, UDP: true, IPv6: true,
-	}, program(t, "danted"), "-f", conf, "-N", "2", "-p", filepath.Join(l.Dir, fmt.Sprintf("dante-%d.pid", port)))
+		Name: name, Scheme: "socks5h", Addr: at, Pass: pass, UDP: true, IPv6: true,
+	}, program(t, "danted"), "-f", conf, "-N", "2", "-p", filepath.Join(l.Dir, name+".pid"))
 }
 
 // Microsocks starts a SOCKS5 server with user and password, TCP only.
