@@ -82,7 +82,7 @@ func hasChild(pid int, name string) bool {
 		more, _ := os.ReadFile(f)
 		b = append(append(b, ' '), more...)
 	}
-	for _, c := range strings.Fields(string(b)) {
+	for c := range strings.FieldsSeq(string(b)) {
 		comm, _ := os.ReadFile("/proc/" + c + "/comm")
 		var child int
 		_, _ = fmt.Sscan(c, &child)

@@ -20,26 +20,38 @@ import (
 // bulk is how much the matrix moves each way, over each server and family.
 const bulk = 100_000_000
 
-// servers are the proxy servers of the matrix; each is started only when its turn comes.
-func servers() map[string]func(*testing.T, *lab.Lab) *lab.Server {
-	return map[string]func(*testing.T, *lab.Lab) *lab.Server{
-		"dante":      func(t *testing.T, l *lab.Lab) *lab.Server { return l.Dante(t, 1080, false) },
-		"dante-auth": func(t *testing.T, l *lab.Lab) *lab.Server { return l.Dante(t, 1081, true) },
-		"microsocks": func(t *testing.T, l *lab.Lab) *lab.Server { return l.Microsocks(t, 1082) },
-		"ssh":        func(t *testing.T, l *lab.Lab) *lab.Server { return l.SSHDynamic(t, 1090) },
-		"squid":      func(t *testing.T, l *lab.Lab) *lab.Server { return l.Squid(t, 3128) },
-		"tinyproxy":  func(t *testing.T, l *lab.Lab) *lab.Server { return l.Tinyproxy(t, 8888) },
+// servers are the proxy servers of the matrix.
+func servers() []string {
+	return []string{"dante", "dante-auth", "microsocks", "ssh", "squid", "tinyproxy"}
+}
+
+// startServer starts a server of the matrix.
+func startServer(t *testing.T, l *lab.Lab, name string) *lab.Server {
+	t.Helper()
+	switch name {
+	case "dante":
+		return l.Dante(t, 1080, false)
+	case "dante-auth":
+		return l.Dante(t, 1081, true)
+	case "microsocks":
+		return l.Microsocks(t, 1082)
+	case "ssh":
+		return l.SSHDynamic(t, 1090)
+	case "squid":
+		return l.Squid(t, 3128)
+	default:
+		return l.Tinyproxy(t, 8888)
 	}
 }
 
 // TestTCPMatrix runs the same cases over every server.
 func TestTCPMatrix(t *testing.T) {
-	for name, start := range servers() {
+	for _, name := range servers() {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			l := lab.New(t, lab.Options{})
 			l.Unbound(t)
-			s := start(t, l)
+			s := startServer(t, l, name)
 			m := l.Mprox(t)
 			m.Up("--proxy", s.URL(), "--dns", "fakeip")
 			for _, a := range []netip.Addr{lab.OriginV4, lab.OriginV6} {
