@@ -29,8 +29,8 @@ type Config struct {
 	Alerts    []Alert             `json:"alerts" doc:"Conditions on metrics, and whom to tell."`
 	Audit     Audit               `json:"audit" doc:"The log of administrative events."`
 
-	tree     *node // the merged text, for ErrorAt; nil when the Config was built from flags
-	warnings Errors
+	tree  *node // the merged text, for ErrorAt; nil when the Config was built from flags or by hand
+	flags bool  // built from flags: errors name them instead of paths
 }
 
 // Log says what is logged and how.
@@ -74,6 +74,8 @@ type Auth struct {
 	PasswordFile string `json:"password_file" doc:"File whose first line is the password."`
 	Token        Secret `json:"token" doc:"Bearer token; better written as ${ENV} or in token_file."`
 	TokenFile    string `json:"token_file" doc:"File whose first line is the bearer token."`
+
+	fromFile bool // Load has read Password and Token from their files
 }
 
 // Pool is a group of upstreams and how one of them is chosen.

@@ -23,8 +23,7 @@ type decoder struct {
 func (d *decoder) fail(n *node, path string, err error) {
 	line, col := n.src.position(n.off)
 	e := &Error{File: n.src.name, Line: line, Column: col, Path: path, Msg: err.Error()}
-	var h *hinted
-	if errors.As(err, &h) {
+	if h, ok := errors.AsType[*hinted](err); ok {
 		e.Hint = h.hint
 	}
 	d.errs = append(d.errs, e)
@@ -162,7 +161,7 @@ func (f *field) check(v reflect.Value) error {
 			return fmt.Errorf("%q: want %s", v.String(), strings.ToLower(f.doc[:1])+f.doc[1:])
 		}
 	}
-	if dur, ok := v.Interface().(Duration); ok {
+	if dur, ok := reflect.TypeAssert[Duration](v); ok {
 		lo, hi := bound(f.min), bound(f.max)
 		if f.min != "" && dur < lo || f.max != "" && dur > hi {
 			return fmt.Errorf("%s is not between %s and %s", dur, lo, hi)
@@ -198,8 +197,8 @@ func bound(s string) Duration {
 // expand replaces ${NAME} by the environment's value and $${ by ${. In the userinfo of a proxy URL the value is percent-encoded, so that a
 // password may hold any character.
 func (d *decoder) expand(path string, n *node, v reflect.Value) (string, bool) {
-	_, isSecret := v.Interface().(Secret)
-	_, isURL := v.Interface().(ProxyURL)
+	_, isSecret := reflect.TypeAssert[Secret](v)
+	_, isURL := reflect.TypeAssert[ProxyURL](v)
 	userStart, userEnd := 0, 0
 	if isURL {
 		userStart, userEnd = ProxyURL(n.text).userinfo()

@@ -21,8 +21,8 @@ const maxSecret = 64 << 10
 
 // Load reads the configuration file at path, merges config.ENV.json over it if env is not empty (JSON Merge Patch, RFC 7396), checks the
 // whole and reads the files that hold passwords and tokens. The error is an Errors that holds everything that is wrong; it wraps
-// fs.ErrNotExist if the file does not exist.
-func Load(path, env string) (*Config, error) {
+// fs.ErrNotExist if the file does not exist. The checks of other packages run together with config's own.
+func Load(path, env string, checks ...Check) (*Config, error) {
 	modes := make(map[string]fs.FileMode)
 	tree, errs := loadTree(path, modes)
 	if env != "" {
@@ -41,9 +41,9 @@ func Load(path, env string) (*Config, error) {
 	}
 	c, d := decode(tree, os.LookupEnv)
 	errs = append(errs, d.errs...)
-	errs = append(errs, c.validate(d.errs)...)
 	errs = append(errs, checkModes(d.secrets, modes)...)
 	errs = append(errs, c.readSecrets()...)
+	errs = c.checkAll(errs, checks)
 	if err := errs.errorOrNil(); err != nil {
 		return nil, err
 	}
@@ -52,28 +52,37 @@ func Load(path, env string) (*Config, error) {
 
 // Parse checks one text; name is used in error messages. ${NAME} is expanded from the environment of this process, so the text must come
 // from someone who may know it. Files that hold passwords are not read: Load does that. The error is an Errors.
-func Parse(name string, data []byte) (*Config, error) {
-	return parse(name, data, os.LookupEnv)
+func Parse(name string, data []byte, checks ...Check) (*Config, error) {
+	return parse(name, data, os.LookupEnv, checks)
 }
 
-func parse(name string, data []byte, getenv func(string) (string, bool)) (*Config, error) {
+func parse(name string, data []byte, getenv func(string) (string, bool), checks []Check) (*Config, error) {
 	tree, errs := parseTree(&source{name: name, data: data})
 	if tree == nil {
 		return nil, errs
 	}
 	c, d := decode(tree, getenv)
-	errs = append(errs, d.errs...)
-	errs = append(errs, c.validate(d.errs)...)
+	errs = c.checkAll(append(errs, d.errs...), checks)
 	if err := errs.errorOrNil(); err != nil {
 		return nil, err
 	}
 	return c, nil
 }
 
+// checkAll adds the errors of the later stages to those of decoding.
+func (c *Config) checkAll(errs Errors, checks []Check) Errors {
+	errs = append(errs, c.validate().without(errs)...)
+	for _, check := range checks {
+		errs = append(errs, Errors(check(c)).without(errs)...)
+	}
+	return errs
+}
+
 func decode(tree *node, getenv func(string) (string, bool)) (*Config, *decoder) {
 	c := &Config{tree: tree}
 	d := &decoder{getenv: getenv}
 	d.object("$", tree, reflect.ValueOf(c).Elem())
+	c.nameDevices()
 	return c, d
 }
 
@@ -99,8 +108,7 @@ func loadTree(path string, modes map[string]fs.FileMode) (*node, Errors) {
 // fileError says what cannot be done with a file, naming the file once.
 func fileError(path string, err error) *Error {
 	e := &Error{File: path, Msg: err.Error(), cause: err}
-	var pe *fs.PathError
-	if errors.As(err, &pe) {
+	if pe, ok := errors.AsType[*fs.PathError](err); ok {
 		e.Msg = pe.Err.Error()
 	}
 	return e
@@ -135,8 +143,8 @@ func checkModes(secrets []*node, modes map[string]fs.FileMode) Errors {
 func (c *Config) readSecrets() Errors {
 	var errs Errors
 	read := func(path, file string, into *Secret) {
-		if file == "" {
-			return
+		if file == "" || *into != "" {
+			return // validate reports what is given twice
 		}
 		s, err := readSecret(file)
 		if err != nil {
@@ -148,6 +156,7 @@ func (c *Config) readSecrets() Errors {
 	for _, name := range slices.Sorted(maps.Keys(c.Upstreams)) {
 		u := c.Upstreams[name]
 		at := joinKey("$.upstreams", name) + ".auth"
+		u.Auth.fromFile = u.Auth.Password == "" && u.Auth.Token == ""
 		read(at+".password_file", u.Auth.PasswordFile, &u.Auth.Password)
 		read(at+".token_file", u.Auth.TokenFile, &u.Auth.Token)
 		c.Upstreams[name] = u
@@ -186,6 +195,9 @@ func (c *Config) ErrorAt(path string, err error, hint string) *Error {
 
 func (c *Config) errorAt(path, msg, hint string) *Error {
 	e := &Error{Path: path, Msg: msg, Hint: hint}
+	if c.flags {
+		e.Path = flagOf(path)
+	}
 	if c.tree == nil {
 		return e
 	}
@@ -207,6 +219,3 @@ func (c *Config) errorAtKey(path, msg, hint string) *Error {
 	}
 	return e
 }
-
-// Warnings returns what is legal but probably not meant, with positions.
-func (c *Config) Warnings() []*Error { return c.warnings }
