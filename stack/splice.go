@@ -23,7 +23,7 @@ import (
 // inside RawConn's callbacks, which also wait.
 
 const (
-	// pieceMax bounds the bytes of one Endpoint.Write, in views of 64 KiB.
+	// pieceMax bounds the bytes of one Endpoint.Write, in views of 64 KiB, and those that are moved before they are counted.
 	pieceMax = 256 << 10
 	// copySize is the buffer for upstreams that are no sockets: a TLS record holds no more.
 	copySize = 16 << 10
@@ -114,8 +114,9 @@ func (c *conn) writeToSocket(raw syscall.RawConn) (int64, error) {
 			return total, c.farError("write", err)
 		}
 		switch {
-		case s.err == nil, errors.Is(s.err, errWouldBlock):
-			// All that was there is gone, and what came since has left a token in the wake channel.
+		case s.err == nil:
+		case errors.Is(s.err, errWouldBlock):
+			// Only now: a FIN behind the data may have used up its wake-up long ago.
 			if err := c.await(&c.read); err != nil {
 				return total, c.opError("read", err)
 			}
@@ -139,13 +140,15 @@ type socketWriter struct {
 // step is RawConn.Write's callback: false makes it wait until the socket is writable and call again.
 func (s *socketWriter) step(fd uintptr) bool {
 	s.fd, s.full = int(fd), false
-	res, err := s.c.ep.Read(s, tcpip.ReadOptions{})
-	s.moved += res.Count
-	if s.full {
-		return false
-	}
-	if s.err == nil {
-		s.err = s.c.readError(err)
+	for s.err == nil && s.moved < pieceMax {
+		res, err := s.c.ep.Read(s, tcpip.ReadOptions{})
+		s.moved += res.Count
+		if s.full {
+			return false
+		}
+		if s.err == nil {
+			s.err = s.c.readError(err)
+		}
 	}
 	return true
 }

@@ -40,6 +40,8 @@ type Handler interface {
 	Echo(ctx context.Context, src, dst netip.Addr) (alive bool, r flow.Reason)
 }
 
+var _ Handler = (*flow.Handler)(nil)
+
 // Config is what a Stack is built from.
 type Config struct {
 	Device  *tun.Device // remains the caller's, to be closed after the Stack
@@ -53,7 +55,7 @@ type Config struct {
 // Stack is the network stack of one context.
 type Stack struct {
 	cfg    Config
-	ctx    context.Context //nolint:containedctx // the life of the Stack, given to each Handler call
+	ctx    context.Context // the life of the Stack, for the Handler's calls
 	cancel context.CancelFunc
 	count  counters
 	link   *link
