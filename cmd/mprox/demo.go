@@ -27,8 +27,8 @@ client's uplink says whether anything leaked. Needs root; does not touch this ma
 		},
 	}
 	far := &cobra.Command{
-		Use: "far", Hidden: true, Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error { return demo.Far(cmd.Context()) },
+		Use: "far DIR", Hidden: true, Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error { return demo.Far(cmd.Context(), args[0]) },
 	}
 	client := &cobra.Command{
 		Use: "client SET", Hidden: true, Args: cobra.ExactArgs(1),

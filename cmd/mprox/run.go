@@ -103,10 +103,7 @@ func runAlone(ctx context.Context, g *globals, r client.LeaseRequest, argv []str
 		return 0, exitRunFailed, err
 	}
 	socket := filepath.Join(filepath.Dir(g.socketPath()), fmt.Sprintf("run-%d.sock", os.Getpid()))
-	d, err := daemon.New(daemon.Options{Config: cfg, Socket: socket, Version: version, Log: log})
-	if err != nil {
-		return 0, exitRunFailed, err
-	}
+	d := daemon.New(daemon.Options{Config: cfg, Socket: socket, Version: version, Log: log})
 	up := make(chan struct{})
 	ended := make(chan error, 1)
 	go func() { ended <- d.Run(ctx, func() { close(up) }) }()
@@ -131,4 +128,3 @@ func leaseAndRun(ctx context.Context, d *daemon.Daemon, r client.LeaseRequest, a
 	defer l.Close()
 	return runIn(argv, l.FD())
 }
-

@@ -44,7 +44,7 @@ When the daemon is killed, captured traffic stays blocked until the next "mprox 
 		RunE: func(cmd *cobra.Command, _ []string) error { return up(cmd, g, f) },
 	}
 	fl := cmd.Flags()
-	fl.StringArrayVar(&f.Proxies, "proxy", nil, "proxy `URL`; repeated, the proxies are a pool")
+	fl.StringArrayVar(&f.Proxy, "proxy", nil, "proxy `URL`; repeated, the proxies are a pool")
 	fl.StringVar(&f.Mode, "mode", "", "who is captured: global, cgroup, process, disabled")
 	fl.StringArrayVar(&f.DNS, "dns", nil, "DNS `server` asked through the proxy: tcp://, udp://, tls://, https://; repeatable")
 	fl.StringArrayVar(&f.Bypass, "bypass", nil, "address, prefix or class that stays direct; repeatable")
@@ -71,16 +71,12 @@ func up(cmd *cobra.Command, g *globals, f upFlags) error {
 	opt := daemon.Options{
 		Config: cfg, Digest: digest, Socket: g.socketOf(cfg), StateDir: g.stateDir, Version: version, Log: log,
 	}
-	if len(f.Proxies) == 0 {
+	if len(f.Proxy) == 0 {
 		opt.ConfigPath, opt.Load = g.config, load
-	}
-	d, err := daemon.New(opt)
-	if err != nil {
-		return err
 	}
 	ctx, stop := signal.NotifyContext(cmd.Context(), unix.SIGINT, unix.SIGTERM)
 	defer stop()
-	return serveDaemon(ctx, d, log)
+	return serveDaemon(ctx, daemon.New(opt), log)
 }
 
 // serveDaemon runs d, reloads it on SIGHUP and keeps systemd informed.
@@ -117,14 +113,14 @@ func serveDaemon(ctx context.Context, d *daemon.Daemon, log *zap.Logger) error {
 
 // loader returns what reads the configuration: the flags, or the file.
 func (f upFlags) loader(g *globals) daemon.Loader {
-	if len(f.Proxies) > 0 {
+	if len(f.Proxy) > 0 {
 		return func() (*config.Config, string, error) {
-			cfg, err := config.FromFlags(f.OneLiner)
+			cfg, err := config.FromFlags(f.OneLiner, daemon.Check)
 			return cfg, "", err
 		}
 	}
 	return func() (*config.Config, string, error) {
-		cfg, err := config.Load(g.config, f.env)
+		cfg, err := config.Load(g.config, f.env, daemon.Check)
 		if err != nil {
 			if errors.Is(err, os.ErrNotExist) && !g.configGiven {
 				return nil, "", usageError("no proxy and no %s: give --proxy URL, or write one with: mprox init --template minimal", g.config)

@@ -10,6 +10,7 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+	"time"
 
 	"go.uber.org/zap"
 
@@ -19,6 +20,9 @@ import (
 	"github.com/mutex-proxy/mutex/flow"
 	"github.com/mutex-proxy/mutex/routing"
 )
+
+// errUnsupported is what a key gets that the schema knows and no code does yet.
+var errUnsupported = errors.New("not supported yet")
 
 // direct is the built-in upstream that dials without a proxy.
 const direct = "direct"
@@ -30,26 +34,58 @@ type upstreams struct {
 	actions map[string]flow.Action // upstreams with a reject:// or drop:// URL
 }
 
-// Check reports everything that is wrong with a configuration that parses: what its URLs, rules and servers mean. The error is a
-// config.Errors with positions.
-func Check(cfg *config.Config) error {
+// Check reports everything that is wrong with a configuration that parses: what its URLs, rules and servers mean. It is a config.Check,
+// so that Load reports it together with everything else, with positions.
+func Check(cfg *config.Config) []*config.Error {
 	ups, err := buildUpstreams(cfg, dialers.NewNet(dialers.NetConfig{}), nil)
+	errs := locate(cfg, err)
 	if err != nil {
-		return err
-	}
-	var errs config.Errors
-	for _, name := range slices.Sorted(maps.Keys(cfg.Contexts)) {
-		if _, err := buildDNS(cfg, name, ups, dnsEnv{log: zap.NewNop()}); err != nil {
-			errs = append(errs, locate(cfg, err)...)
-		}
-		if _, err := buildRules(cfg, name, ups, nil); err != nil {
-			errs = append(errs, locate(cfg, err)...)
-		}
-	}
-	if len(errs) > 0 {
 		return errs
 	}
-	return nil
+	errs = append(errs, locate(cfg, supportedPools(cfg))...)
+	for _, name := range slices.Sorted(maps.Keys(cfg.Contexts)) {
+		_, err := buildDNS(cfg, name, ups, dnsEnv{log: zap.NewNop()})
+		errs = append(errs, locate(cfg, err)...)
+		_, err = buildRules(cfg, name, ups, nil)
+		errs = append(errs, locate(cfg, err)...)
+		errs = append(errs, locate(cfg, supported(cfg, name))...)
+	}
+	return errs
+}
+
+// supported refuses what the schema knows and no code does yet: a selector that is ignored would leave traffic uncaptured.
+func supported(cfg *config.Config, name string) error {
+	c := cfg.Contexts[name]
+	path := configPath("contexts", name)
+	var errs []error
+	refuse := func(given bool, key string) {
+		if given {
+			errs = append(errs, &routing.PathError{Path: path + "." + key, Err: errUnsupported})
+		}
+	}
+	refuse(c.Mode == "gateway" || c.Mode == "process", "mode")
+	refuse(len(c.Select) > 0, "select")
+	refuse(len(c.Exclude) > 0, "exclude")
+	refuse(c.Existing == "reset", "existing")
+	refuse(c.Strict, "strict")
+	refuse(c.OnCrash == "open", "on_crash")
+	refuse(c.Limits.NewFlowsPerSecond > 0, "limits.new_flows_per_second")
+	refuse(c.Limits.Bandwidth > 0, "limits.bandwidth")
+	return errors.Join(errs...)
+}
+
+func supportedPools(cfg *config.Config) error {
+	var errs []error
+	for _, name := range slices.Sorted(maps.Keys(cfg.Pools)) {
+		p, path := cfg.Pools[name], configPath("pools", name)
+		if p.Health.Target != "" {
+			errs = append(errs, &routing.PathError{Path: path + ".health.target", Err: errUnsupported})
+		}
+		if strings.HasPrefix(p.Hedge, "p") {
+			errs = append(errs, &routing.PathError{Path: path + ".hedge", Err: errUnsupported})
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // buildUpstreams makes the upstreams and pools. What old has that has not changed is kept, with what it has learned and counted.
@@ -130,10 +166,10 @@ func authenticate(s *dialers.Spec, a config.Auth) {
 		s.Username, s.HasUser = a.Username, true
 	}
 	if a.Password != "" {
-		s.Password, s.HasPassword = dialers.Secret(a.Password.Reveal()), true
+		s.Password, s.HasPassword = dialers.NewSecret(a.Password.Reveal()), true
 	}
 	if a.Token != "" {
-		s.Token = dialers.Secret(a.Token.Reveal())
+		s.Token = dialers.NewSecret(a.Token.Reveal())
 	}
 }
 
@@ -158,12 +194,23 @@ func (u *upstreams) addPool(name string, old *upstreams) error {
 		u.dialers[name] = d
 		return nil
 	}
-	pool, err := dialers.NewPool(name, c.Strategy, members, u.poolConfig(c))
+	pool, err := dialers.NewPool(name, c.Strategy, members, poolConfig(c))
 	if err != nil {
 		return err
 	}
 	u.dialers[name] = pool
 	return nil
+}
+
+func poolConfig(c config.Pool) dialers.PoolConfig {
+	p := dialers.PoolConfig{Retry: c.Retry, Failures: c.Health.Passive.Failures, Eject: c.Health.Passive.Eject.D()}
+	if c.Retry == 0 {
+		p.Retry = -1 // the schema's 0 is none, the pool's is the default
+	}
+	if d, err := time.ParseDuration(c.Hedge); err == nil {
+		p.Hedge = d
+	}
+	return p
 }
 
 // unchanged returns the upstream that old has for an unchanged configuration of it, or nil.
@@ -298,14 +345,17 @@ func fakePath(stateDir, context string) string {
 	return filepath.Join(stateDir, "fakeip-"+context+".db")
 }
 
-// locate gives the errors of routing, which know JSON paths, their positions in the text.
-func locate(cfg *config.Config, err error) config.Errors {
-	var out config.Errors
+// locate gives errors that know a JSON path their positions in the text. nil gives none.
+func locate(cfg *config.Config, err error) []*config.Error {
+	var out []*config.Error
 	switch e := err.(type) { //nolint:errorlint // takes joined errors apart, so it must look at the outermost
 	case interface{ Unwrap() []error }:
 		for _, sub := range e.Unwrap() {
 			out = append(out, locate(cfg, sub)...)
 		}
+	case nil:
+	case *config.Error:
+		out = append(out, e)
 	case *routing.PathError:
 		out = append(out, cfg.ErrorAt(e.Path, e.Err, ""))
 	default:

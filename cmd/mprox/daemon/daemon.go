@@ -71,18 +71,15 @@ type Daemon struct {
 	loadedAt   time.Time
 }
 
-// New checks the configuration's meaning and returns a Daemon that has not touched anything.
-func New(opt Options) (*Daemon, error) {
+// New returns a Daemon that has not touched anything. The configuration must have passed Check.
+func New(opt Options) *Daemon {
 	if opt.Log == nil {
 		opt.Log = zap.NewNop()
-	}
-	if err := Check(opt.Config); err != nil {
-		return nil, err
 	}
 	return &Daemon{
 		opt: opt, log: opt.Log, started: time.Now(), cfg: opt.Config, digest: opt.Digest,
 		contexts: make(map[string]*liveContext), generation: 1, loadedAt: time.Now(),
-	}, nil
+	}
 }
 
 // Run starts the daemon, calls ready when it captures, and stops it, undoing what it did, when ctx ends or Stop is called. started gets

@@ -120,9 +120,16 @@ func (l *Lease) create(ctx context.Context, r client.LeaseRequest, owner int) (e
 
 // leaseConfig turns a request into the configuration it stands for.
 func leaseConfig(name string, r client.LeaseRequest) (*config.Config, error) {
-	return config.FromFlags(config.OneLiner{
-		Context: name, Proxies: r.Proxies, Mode: "cgroup", DNS: r.DNS, Bypass: r.Bypass, Strategy: r.Strategy,
-	})
+	cfg, err := config.FromFlags(config.OneLiner{
+		Proxy: r.Proxies, Mode: "cgroup", DNS: r.DNS, Bypass: r.Bypass, Strategy: r.Strategy,
+	}, Check)
+	if err != nil {
+		return nil, err
+	}
+	c := cfg.Contexts[defaultContext]
+	c.TUN.Name = "" // named after the slot
+	cfg.Contexts = map[string]config.Context{name: c}
+	return cfg, nil
 }
 
 // FD is the cgroup's directory, for clone3 CLONE_INTO_CGROUP.

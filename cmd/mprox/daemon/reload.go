@@ -39,9 +39,6 @@ func (d *Daemon) Reload(ctx context.Context) (err error) {
 	if err := fixed(old, cfg); err != nil {
 		return err
 	}
-	if err := Check(cfg); err != nil {
-		return err
-	}
 	ups, err := buildUpstreams(cfg, d.net, oldUps)
 	if err != nil {
 		return err

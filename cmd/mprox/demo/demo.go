@@ -103,7 +103,7 @@ func (d *demo) process(n *namespace, name string, args ...string) (*exec.Cmd, er
 
 func (d *demo) startFar(ctx context.Context) error {
 	d.title("Three hosts: client %s ── proxy %s (SOCKS5) ── origin %s, %s", hostOf(clientV4), hostOf(farV4), hostOf(originV4), hostOf(originV6))
-	if _, err := d.process(d.net.far, "far", "demo", "far"); err != nil {
+	if _, err := d.process(d.net.far, "far", "demo", "far", d.dir); err != nil {
 		return err
 	}
 	return until(ctx, "the proxy", func() error {
