@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/mutex-proxy/mutex/control/client"
+)
+
+func newStatusCommand(g *globals) *cobra.Command {
+	return &cobra.Command{
+		Use:   "status",
+		Short: "Show what the daemon does: contexts, upstreams, guard, DNS",
+		Long: `Shows the running daemon. Callers who are neither root nor in the control group see only the contexts of their own leases.
+
+With -o csv the counters are printed as "mprox stats --format csv" prints them.`,
+		Example: examples("mprox status", "mprox status -o json | jq '.upstreams[] | select(.up | not)'"),
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return g.ask(cmd, callTimeout, func(ctx context.Context, c *client.Client) error {
+				if g.output == "csv" {
+					return copyCSV(ctx, c, cmd.OutOrStdout())
+				}
+				st, err := c.Status(ctx)
+				if err != nil {
+					return err
+				}
+				if g.output == "json" {
+					return writeJSON(cmd.OutOrStdout(), st)
+				}
+				return writeStatus(cmd.OutOrStdout(), &st)
+			})
+		},
+	}
+}
+
+func copyCSV(ctx context.Context, c *client.Client, w io.Writer) error {
+	data, err := c.StatsCSV(ctx)
+	if err != nil {
+		return err
+	}
+	_, err = w.Write(data)
+	return err
+}
+
+func writeStatus(w io.Writer, st *client.Status) error {
+	fmt.Fprintf(w, "mprox %s, pid %d, up %s\n", printable(st.Version), st.PID, span(st.UptimeSeconds))
+	source := "flags"
+	if st.Config.Path != "" {
+		source = printable(st.Config.Path)
+	}
+	fmt.Fprintf(w, "config  %s, generation %d, loaded %s\n", source, st.Config.Generation, st.Config.LoadedAt.UTC().Format(time.DateTime+" UTC"))
+	guard := "NOT ACTIVE"
+	if st.Guard.Active {
+		guard = "active"
+	}
+	fmt.Fprintf(w, "guard   %s, %d packets kept in\n", guard, st.Guard.DroppedPackets)
+	fmt.Fprintf(w, "dns     %d queries, %d from cache, %d blocked, %d failed\n", st.DNS.Queries, st.DNS.CacheHits, st.DNS.Blocked, st.DNS.Failures)
+	if len(st.Contexts) > 0 {
+		fmt.Fprintln(w)
+		if err := contextTable(st.Contexts).write(w); err != nil {
+			return err
+		}
+	}
+	if len(st.Upstreams) > 0 {
+		fmt.Fprintln(w)
+		return upstreamTable(st.Upstreams).write(w)
+	}
+	return nil
+}
+
+func contextTable(list []client.ContextStatus) *table {
+	t := &table{head: []string{"CONTEXT", "MODE", "ENABLED", "LEASE", "TUN", "DEFAULT", "FLOWS", "TOTAL", "UP", "DOWN", "DROPPED"}}
+	for _, c := range list {
+		lease := "-"
+		if c.Lease {
+			lease = "yes"
+		}
+		t.add(text(c.Name), text(c.Mode), yesNo(c.Enabled), text(lease), orDash(c.TUN), orDash(c.Default),
+			number(c.FlowsActive), number(c.FlowsTotal), bytesCell(c.BytesUp), bytesCell(c.BytesDown), number(c.PacketsDropped))
+	}
+	return t
+}
+
+func upstreamTable(list []client.UpstreamStatus) *table {
+	t := &table{head: []string{"UPSTREAM", "UP", "LATENCY", "ACTIVE", "TOTAL", "ERRORS", "UDP", "IPV6", "NAMES", "URL"}}
+	for _, u := range list {
+		latency := cell{text: "-", right: true}
+		if u.LatencySeconds > 0 {
+			latency.text = span(u.LatencySeconds)
+		}
+		t.add(text(u.Name), yesNo(u.Up), latency, number(u.Active), number(u.Total), number(u.Errors),
+			text(u.UDP), text(u.IPv6), text(u.RemoteDNS), text(u.URL))
+	}
+	return t
+}
+
+func newContextsCommand(g *globals) *cobra.Command {
+	return &cobra.Command{
+		Use:     "contexts",
+		Short:   "List the contexts: who is captured, and how much they have moved",
+		Example: examples("mprox contexts", "mprox contexts -o csv"),
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return g.ask(cmd, callTimeout, func(ctx context.Context, c *client.Client) error {
+				list, err := c.Contexts(ctx)
+				if err != nil {
+					return err
+				}
+				return show(g, cmd.OutOrStdout(), list, contextTable)
+			})
+		},
+	}
+}
+
+func newUpstreamsCommand(g *globals) *cobra.Command {
+	list := func(cmd *cobra.Command, _ []string) error {
+		return g.ask(cmd, callTimeout, func(ctx context.Context, c *client.Client) error {
+			list, err := c.Upstreams(ctx)
+			if err != nil {
+				return err
+			}
+			return show(g, cmd.OutOrStdout(), list, upstreamTable)
+		})
+	}
+	cmd := &cobra.Command{
+		Use:     "upstreams",
+		Short:   "List the upstreams: whether they work, how fast, and what they carry",
+		Example: examples("mprox upstreams", "mprox upstreams list -o json"),
+		Args:    cobra.NoArgs,
+		RunE:    list,
+	}
+	cmd.AddCommand(&cobra.Command{
+		Use:     "list",
+		Short:   "List the upstreams",
+		Example: examples("mprox upstreams list"),
+		Args:    cobra.NoArgs,
+		RunE:    list,
+	})
+	return cmd
+}
+
+func newStatsCommand(g *globals) *cobra.Command {
+	var format string
+	cmd := &cobra.Command{
+		Use:     "stats",
+		Short:   "Print the counters of the moment, for machines",
+		Long:    "Prints totals and the counters of each context and upstream. CSV has the columns scope,name,metric,value.",
+		Example: examples("mprox stats", "mprox stats --format csv >> /var/log/mprox-stats.csv"),
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if !cmd.Flags().Changed("format") && g.output == "csv" {
+				format = "csv"
+			}
+			if format != "json" && format != "csv" {
+				return usageError("--format %q is neither json nor csv", format)
+			}
+			return g.ask(cmd, callTimeout, func(ctx context.Context, c *client.Client) error {
+				if format == "csv" {
+					return copyCSV(ctx, c, cmd.OutOrStdout())
+				}
+				st, err := c.Stats(ctx)
+				if err != nil {
+					return err
+				}
+				return writeJSON(cmd.OutOrStdout(), st)
+			})
+		},
+	}
+	cmd.Flags().StringVar(&format, "format", "json", "`format`: json, csv")
+	return cmd
+}
