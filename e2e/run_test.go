@@ -75,22 +75,26 @@ func fromProxy(greeting string) bool {
 }
 
 // hasChild reports whether a process has a descendant of that name.
-func hasChild(pid int, name string) bool {
-	b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", pid, pid))
+func hasChild(pid int, name string) bool { return childState(pid, name) != "" }
+
+// childState is the state of a process's descendant of that name, a letter as in ps(1), or "" when there is none.
+func childState(pid int, name string) string {
 	tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
 	for _, f := range tasks {
-		more, _ := os.ReadFile(f)
-		b = append(append(b, ' '), more...)
-	}
-	for c := range strings.FieldsSeq(string(b)) {
-		comm, _ := os.ReadFile("/proc/" + c + "/comm")
-		var child int
-		_, _ = fmt.Sscan(c, &child)
-		if strings.TrimSpace(string(comm)) == name || hasChild(child, name) {
-			return true
+		b, _ := os.ReadFile(f)
+		for c := range strings.FieldsSeq(string(b)) {
+			stat, _ := os.ReadFile("/proc/" + c + "/stat")
+			if _, after, ok := strings.Cut(string(stat), "("+name+") "); ok {
+				return after[:1]
+			}
+			var child int
+			_, _ = fmt.Sscan(c, &child)
+			if s := childState(child, name); s != "" {
+				return s
+			}
 		}
 	}
-	return false
+	return ""
 }
 
 func TestRunExitStatus(t *testing.T) {
@@ -174,6 +178,8 @@ func TestRunTerminal(t *testing.T) {
 	term.Expect(t, "status-9")
 
 	term.Type(run + " cat\n")
+	// A line typed while the shell still owns the terminal would be the shell's.
+	lab.Eventually(t, 10*time.Second, "cat reads", func() bool { return childState(term.PID(), "cat") == "S" })
 	term.Type("first line\n")
 	term.Expect(t, "first line\nfirst line\n")
 	term.Type("\x1a")
@@ -181,6 +187,7 @@ func TestRunTerminal(t *testing.T) {
 	term.Type("jobs; echo job-$((8+8))\n")
 	term.Expect(t, "job-16")
 	term.Type("fg\n")
+	lab.Eventually(t, 10*time.Second, "cat reads again", func() bool { return childState(term.PID(), "cat") == "S" })
 	term.Type("second line\n")
 	term.Expect(t, "second line\nsecond line\n")
 	term.Type("\x04")

@@ -173,6 +173,10 @@ func (l *Lab) build(o Options) (err error) {
 	if err := l.wire(); err != nil {
 		return err
 	}
+	// The router answers for everything, so that a packet sent "on link" in despair (a socket bound to the device, no route) gets away.
+	if err := l.Router.Sysctl(map[string]string{"net/ipv4/conf/br0/proxy_arp": "1", "net/ipv4/neigh/br0/proxy_delay": "0"}); err != nil {
+		return err
+	}
 	if o.RTT > 0 || o.Loss > 0 {
 		return newRelay(l.t, l.Router, l.Proxy, "wan0", o.RTT/2, o.Loss, l.wanUp)
 	}

@@ -10,6 +10,9 @@ import (
 // pollInterval is how often a condition is looked at: far below any deadline used here, far above the cost of a look.
 const pollInterval = 5 * time.Millisecond
 
+// Patience is how long a test waits for what the program does by itself, without being asked.
+const Patience = 5 * time.Second
+
 // Poll looks at cond until it holds or the deadline has passed, and reports which. It is the one place of the tests where time passes
 // without an event: what other programs do (a server that starts, a device that vanishes) often announces itself in no other way.
 func Poll(d time.Duration, cond func() bool) bool {
