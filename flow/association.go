@@ -16,7 +16,9 @@ import (
 // their fake IPs turn out to have the same real address and port: replies over one association could not be told apart.
 const maxAliases = 4
 
-// UDPNamer is implemented by a Dialer whose associations can be given names. Without it they are given addresses alone.
+// UDPNamer is implemented by a Dialer that knows whether its associations take names (Datagram.Addr with a Host and no IP). If it says no,
+// a datagram to a name that dns cannot resolve is answered with an ICMP error at once. One that does not say is given the name: if it
+// cannot use it, that is an error or a loss, but not a leak.
 type UDPNamer interface {
 	UDPNames() bool
 }
@@ -148,7 +150,7 @@ func (s *session) target(ctx context.Context, p *peer) (Addr, error) {
 		return Addr{IP: ips[max(0, i)].Unmap(), Port: dst.Port}, nil
 	}
 	if errors.Is(err, ErrNoServers) {
-		if n, ok := p.via.(UDPNamer); ok && n.UDPNames() {
+		if n, ok := p.via.(UDPNamer); !ok || n.UDPNames() {
 			return Addr{Host: dst.Host, Port: dst.Port}, nil
 		}
 	}

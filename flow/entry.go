@@ -207,7 +207,7 @@ func (e *entry) log(i *Info, result, reason string) {
 		return
 	}
 	fields := []zap.Field{
-		zap.Uint64("id", i.ID), zap.String("context", i.Context), zap.Stringer("network", i.Network),
+		zap.Uint64("id", i.ID), zap.Stringer("network", i.Network),
 		zap.Stringer("src", i.Src), zap.Stringer("dst", i.Orig), zap.String("host", i.Dst.Host),
 		zap.String("rule", i.Rule), zap.String("upstream", i.Upstream), zap.String("result", result),
 		zap.Duration("duration", i.End.Sub(i.Start)), zap.Duration("connect", i.Connect),

@@ -153,6 +153,7 @@ func payload(n int) []byte {
 // Each side says all it has and half-closes, one long after the other.
 func TestRelayHalfClose(t *testing.T) {
 	eachRelay(t, func(t *testing.T, wrap func(Conn) Conn) {
+		t.Helper()
 		for name, swap := range map[string]bool{"application first": false, "upstream first": true} {
 			t.Run(name, func(t *testing.T) {
 				r := startRelay(t, wrap)
@@ -190,6 +191,7 @@ func TestRelayHalfClose(t *testing.T) {
 
 func TestRelayReset(t *testing.T) {
 	eachRelay(t, func(t *testing.T, wrap func(Conn) Conn) {
+		t.Helper()
 		for name, swap := range map[string]bool{"by the application": false, "by the upstream": true} {
 			t.Run(name, func(t *testing.T) {
 				r := startRelay(t, wrap)
@@ -214,6 +216,7 @@ func TestRelayReset(t *testing.T) {
 // One side answers and closes for good while the other is still sending (HTTP 413, ssh exit): the answer arrives, whole.
 func TestRelayEarlyClose(t *testing.T) {
 	eachRelay(t, func(t *testing.T, wrap func(Conn) Conn) {
+		t.Helper()
 		for name, swap := range map[string]bool{"upstream closes": false, "application closes": true} {
 			t.Run(name, func(t *testing.T) {
 				r := startRelay(t, wrap)
@@ -275,6 +278,7 @@ func awaitSent(t *testing.T, c sockConn) {
 // A reader that does not read stops the writer, and nothing is lost when it goes on.
 func TestRelayBackpressure(t *testing.T) {
 	eachRelay(t, func(t *testing.T, wrap func(Conn) Conn) {
+		t.Helper()
 		r := startRelay(t, wrap)
 		_ = r.up.SetWriteDeadline(time.Now().Add(300 * time.Millisecond))
 		chunk, sent := payload(64<<10), 0
@@ -301,6 +305,7 @@ func TestRelayBackpressure(t *testing.T) {
 
 func TestRelayKill(t *testing.T) {
 	eachRelay(t, func(t *testing.T, wrap func(Conn) Conn) {
+		t.Helper()
 		r := startRelay(t, wrap)
 		mustWrite(t, r.app, "x")
 		mustRead(t, r.up, "x")

@@ -31,7 +31,7 @@ type TableConfig struct {
 	Context  string
 	MaxFlows int              // 0 = DefaultMaxFlows
 	IDs      *atomic.Uint64   // shared by all contexts, so that an ID names one flow of the daemon; nil = the table's own
-	Log      *zap.Logger      // one line a flow; nil = none
+	Log      *zap.Logger      // one line a flow, on a logger that has the context's name already; nil = none
 	Recorder Recorder         // nil = none
 	Now      func() time.Time // nil = time.Now
 }

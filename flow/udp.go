@@ -97,12 +97,7 @@ func (h *Handler) UDP(ctx context.Context, src netip.AddrPort, in PacketSource, 
 		return
 	}
 	defer leave()
-	s := &session{
-		h: h, src: src, in: in, out: out,
-		queries: make(chan struct{}, maxPipelined),
-		peers:   make(map[netip.AddrPort]*peer),
-		assocs:  make(map[assocKey]*assoc),
-	}
+	s := newSession(h, src, in, out)
 	stopped := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		defer close(stopped)
@@ -115,6 +110,15 @@ func (h *Handler) UDP(ctx context.Context, src netip.AddrPort, in PacketSource, 
 	cause := context.Cause(ctx) // nil: the socket is idle
 	cancel(ErrClosed)           // what is still being prepared or asked
 	s.close(cause)
+}
+
+func newSession(h *Handler, src netip.AddrPort, in PacketSource, out PacketSink) *session {
+	return &session{
+		h: h, src: src, in: in, out: out,
+		queries: make(chan struct{}, maxPipelined),
+		peers:   make(map[netip.AddrPort]*peer),
+		assocs:  make(map[assocKey]*assoc),
+	}
 }
 
 // run moves what the application sends until there is nothing more to expect of it.
