@@ -11,5 +11,5 @@ import (
 )
 
 func main() {
-	os.Exit(execute(newGlobals(), os.Args[1:], os.Stdout, os.Stderr))
+	os.Exit(execute(newGlobals(), takeArgs(os.Args[1:]), os.Stdout, os.Stderr))
 }
