@@ -112,10 +112,12 @@ func (p *Proc) Wait(d time.Duration) int {
 	defer tm.Stop()
 	select {
 	case <-p.done:
-		return exitCode(p.Cmd, p.err)
 	case <-tm.C:
-		return -1
+		if !p.Exited() {
+			return -1
+		}
 	}
+	return exitCode(p.Cmd, p.err)
 }
 
 // Kill ends the process with SIGKILL and waits for it.
