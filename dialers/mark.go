@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -142,23 +143,26 @@ func (n *Net) keepAlive() net.KeepAliveConfig {
 }
 
 // control runs on every new socket before bind and connect, so that not even a SYN leaves without the mark.
-func (n *Net) control(_, _ string, rc syscall.RawConn) error {
+func (n *Net) control(network, _ string, rc syscall.RawConn) error {
 	var err error
-	if cerr := rc.Control(func(fd uintptr) { err = n.prepare(int(fd)) }); cerr != nil {
+	if cerr := rc.Control(func(fd uintptr) { err = n.prepare(int(fd), network) }); cerr != nil {
 		return cerr
 	}
 	return err
 }
 
-func (n *Net) prepare(fd int) error {
+func (n *Net) prepare(fd int, network string) error {
 	if n.cfg.MarkMask != 0 {
 		if err := setMark(fd, n.cfg.Mark, n.cfg.MarkMask); err != nil {
 			return fmt.Errorf("set mark %#x/%#x: %w (needs CAP_NET_ADMIN)", n.cfg.Mark, n.cfg.MarkMask, err)
 		}
 	}
-	// A bind to a source address alone then chooses its port at connect(), by 4-tuple: otherwise one source address has 28,000 ports for
-	// all destinations together. Kernels before 4.2 do not know it, and nothing breaks without.
-	_ = unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1)
+	if strings.HasPrefix(network, "tcp") {
+		// A bind to a source address alone then chooses its port at connect(), by 4-tuple: otherwise one source address has 28,000 ports
+		// for all destinations together. Kernels before 4.2 do not know it, and nothing breaks without. Not for UDP, where a socket that
+		// is never connected would stay without a port.
+		_ = unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1)
+	}
 	return nil
 }
 

@@ -99,7 +99,7 @@ func (s *SOCKS5) dial(ctx context.Context, dst flow.Addr) (*TCPConn, error) {
 		return nil, err
 	}
 	err = handshake(ctx, c, func() error {
-		_, err := s.request(ctx, c, cmdConnect, addr)
+		_, err := s.request(c, cmdConnect, addr)
 		return err
 	})
 	if v6 {
@@ -151,7 +151,7 @@ func (u *upstream) learnIPv6(err error) {
 //
 // By default each step waits for the one before. RFC 1928 would allow to send them together, but servers that take one recv(2) for one
 // message (microsocks) lose the rest and hang, and there is no safe way to find that out; pipeline=1 asks for it.
-func (s *SOCKS5) request(ctx context.Context, c io.ReadWriter, cmd byte, addr flow.Addr) (flow.Addr, error) {
+func (s *SOCKS5) request(c io.ReadWriter, cmd byte, addr flow.Addr) (flow.Addr, error) {
 	buf := make([]byte, 0, 3+1+maxSOCKSAddr)
 	req := appendSOCKSAddr(append(buf, socksVersion, cmd, 0), addr)
 	greeting := []byte{socksVersion, 1, methodNone}
@@ -178,7 +178,7 @@ func (s *SOCKS5) request(ctx context.Context, c io.ReadWriter, cmd byte, addr fl
 		}
 	}
 	bound, err := readReply(c)
-	if err != nil && ctx.Err() != nil && timedOut(err) {
+	if err != nil && timedOut(err) {
 		// The upstream is alive, it has just greeted us: it is the destination that does not answer.
 		return flow.Addr{}, fmt.Errorf("%w: no reply", flow.ErrTimeout)
 	}
@@ -251,7 +251,7 @@ func (s *SOCKS5) password(c io.ReadWriter) error {
 }
 
 func (s *SOCKS5) credentials() []byte {
-	user, pass := s.spec.Username, s.spec.Password.b
+	user, pass := s.spec.Username, s.spec.Password.bytes()
 	msg := make([]byte, 0, 3+255+255)
 	msg = append(msg, authVersion, byte(len(user)))
 	msg = append(msg, user...)
@@ -303,7 +303,7 @@ func readReply(r io.Reader) (flow.Addr, error) {
 		// The rest of the reply is not waited for: the connection ends here, and some servers never send it.
 		return flow.Addr{}, replyError(buf[1])
 	case err != nil && timedOut(err):
-		return flow.Addr{}, fmt.Errorf("reply: %w", err)
+		return flow.Addr{}, err
 	case err != nil && n == 0:
 		return flow.Addr{}, fmt.Errorf("reply: %w: %w", flow.ErrHostUnreachable, noEOF(err))
 	case err != nil:

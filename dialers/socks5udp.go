@@ -51,7 +51,7 @@ func (s *SOCKS5) associate(ctx context.Context) (*association, error) {
 		if server.Is6() {
 			from.IP = netip.IPv6Unspecified()
 		}
-		if relay, err = s.request(ctx, ctl, cmdUDP, from); err != nil {
+		if relay, err = s.request(ctl, cmdUDP, from); err != nil {
 			return err
 		}
 		to, err := relayAddr(relay, server)

@@ -323,7 +323,7 @@ func (s *Spec) check() error {
 }
 
 func (s *Spec) checkLengths() error {
-	if strings.HasPrefix(s.Scheme, "socks") && (len(s.Username) > 255 || len(s.Password.b) > 255) {
+	if strings.HasPrefix(s.Scheme, "socks") && (len(s.Username) > 255 || len(s.Password.bytes()) > 255) {
 		return urlErr("userinfo", "SOCKS carries at most 255 bytes of user name and of password (RFC 1929)")
 	}
 	return nil
