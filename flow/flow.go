@@ -103,9 +103,9 @@ type App struct {
 }
 
 // Flow is one TCP connection, one UDP association towards one destination, or one ICMP echo exchange. It is private to the goroutine
-// that made it until Table.Add, and read-only after.
+// that made it until it is decided, and read-only after; the table shows copies.
 type Flow struct {
-	ID         uint64 // set by Table.Add, never 0 after
+	ID         uint64 // set when the table gives the flow a slot, never 0 after
 	Context    string
 	Network    Network
 	Src        netip.AddrPort // the application's socket
@@ -184,14 +184,16 @@ type Decider interface {
 	Needs(f *Flow) Needs
 }
 
-// Dialer is one upstream, or a pool of them. Implementations are safe for concurrent use.
+// Dialer is one upstream, or a pool of them. Implementations are safe for concurrent use, and comparable (pointers): associations are kept by
+// Dialer. One whose associations cannot be given names says so as a UDPNamer.
 type Dialer interface {
 	// Name returns the upstream's name in the configuration.
 	Name() string
 	// Dial opens a connection to dst through the upstream and returns when the upstream has said that dst has answered. Errors wrap one
 	// of the sentinels of reason.go where the cause is known. Every wait ends with ctx.
 	Dial(ctx context.Context, dst Addr) (Conn, error)
-	// ListenPacket opens one UDP association for the application socket f.Src. It wraps errors.ErrUnsupported if the upstream carries no UDP.
+	// ListenPacket opens one UDP association for the application socket f.Src, which is used for other destinations than f's too. ctx bounds
+	// the opening alone. It wraps errors.ErrUnsupported if the upstream carries no UDP.
 	ListenPacket(ctx context.Context, f *Flow) (PacketConn, error)
 }
 
@@ -222,20 +224,23 @@ type Datagram struct {
 type PacketConn interface {
 	// ReadBatch fills at least one element of ds and returns how many. A datagram longer than its Buf is dropped and counted, never cut.
 	ReadBatch(ds []Datagram) (int, error)
-	// WriteBatch sends the datagrams in order and returns how many were taken. The buffers are the caller's again when it returns.
+	// WriteBatch sends the datagrams in order and returns how many were taken. The buffers are the caller's again when it returns. An error
+	// about the next datagram alone wraps EMSGSIZE, ErrNetUnreachable, ErrHostUnreachable, ErrProhibited or ErrRefused (or their errno), and
+	// not ErrUpstream; any other means that the association is of no more use.
 	WriteBatch(ds []Datagram) (int, error)
 	SetReadDeadline(t time.Time) error
 	Close() error // unblocks ReadBatch with net.ErrClosed; idempotent
 }
 
 // PacketSource is what an application socket sent: a bounded queue, filled by the stack. Buffers in ds are the caller's, as in PacketConn;
-// Addr.IP and Addr.Port are the destination as the application wrote it.
+// Addr.IP and Addr.Port are the destination as the application wrote it. SetReadDeadline may be called from any goroutine, and wakes a
+// ReadBatch that waits. See Waiter.
 type PacketSource interface {
 	ReadBatch(ds []Datagram) (int, error)
 	SetReadDeadline(t time.Time) error
 }
 
-// PacketSink takes datagrams towards one application socket. Addr must be an address (no name) of the socket's own family.
+// PacketSink takes datagrams towards one application socket, one call at a time. Addr must be an address (no name) of the socket's own family.
 type PacketSink interface {
 	// Deliver queues or writes the datagrams; the buffers are the caller's again when it returns.
 	Deliver(ds []Datagram)

@@ -19,23 +19,23 @@ import (
 // tcpRig is a flow in progress: what the test holds of the application and of the upstream.
 type tcpRig struct {
 	*rig
-	p        *pending
-	app, up  *memConn // the far ends
-	appInner *memConn
-	via      *dialer
-	done     chan struct{}
+	p       *pending
+	app, up *memConn // the far ends
+	dialled chan Addr
+	via     *dialer
+	done    chan struct{}
 }
 
 // start runs a flow to orig through a dialer whose Dial succeeds.
 func startTCP(t *testing.T, r *rig, orig netip.AddrPort) *tcpRig {
 	t.Helper()
-	x := &tcpRig{rig: r, done: make(chan struct{})}
+	x := &tcpRig{rig: r, done: make(chan struct{}), dialled: make(chan Addr, 1)}
 	var appIn, upIn *memConn
 	x.app, appIn = memPipe()
 	x.up, upIn = memPipe()
-	x.appInner = appIn
 	x.p = &pending{accept: func() (Conn, error) { return appIn, nil }}
-	x.via = &dialer{name: "up", dial: func(context.Context, Addr) (Conn, error) {
+	x.via = &dialer{name: "up", dial: func(_ context.Context, a Addr) (Conn, error) {
+		x.dialled <- a
 		if x.p.accepted.Load() {
 			t.Error("accepted before the upstream answered")
 		}
@@ -194,14 +194,8 @@ func TestTCPFakeIP(t *testing.T) {
 		n := &names{fake: map[netip.Addr]string{fakeAddr.Addr(): "example.com"}}
 		r := newRig(t, func(h *HandlerConfig, _ *TableConfig) { h.Names = n })
 		x := startTCP(t, r, fakeAddr)
-		dialled := make(chan Addr, 1)
-		inner := x.via.dial
-		x.via.dial = func(ctx context.Context, a Addr) (Conn, error) {
-			dialled <- a
-			return inner(ctx, a)
-		}
 		synctest.Wait()
-		if d := cmp.Diff(Addr{Host: "example.com", Port: 443}, <-dialled, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); d != "" {
+		if d := cmp.Diff(Addr{Host: "example.com", Port: 443}, <-x.dialled, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); d != "" {
 			t.Error(d)
 		}
 		if n.holds(fakeAddr.Addr()) != 1 {
