@@ -338,7 +338,7 @@ func TestDiff(t *testing.T) {
 		`$.upstreams.a.weight 1 -> 2`,
 		`$.contexts.default.rules`,
 		`$.contexts.default.dns.fake.v4 fixed "198.18.0.0/15" -> "100.64.0.0/16"`,
-		`$.contexts.default.dns.fake.exclude null -> ["*.lan"]`,
+		`$.contexts.default.dns.fake.exclude ["*.local"] -> ["*.lan"]`,
 		`$.contexts.default.tun.name fixed "mprox0" -> "t9"`,
 		`$.contexts.default.tun.mtu fixed 1500 -> 1400`,
 		`$.contexts.new`,

@@ -101,7 +101,7 @@ type DNS struct {
 type DNSRule struct {
 	Domain       []string `json:"domain" doc:"The name itself; *.x is every name below x, +.x is x and every name below it."`
 	DomainSuffix []string `json:"domain_suffix" doc:"The name itself or any name below it."`
-	Servers      []string `json:"servers" doc:"Where queries for these names go."`
+	Servers      []string `json:"servers" doc:"Where queries for these names go. Empty: dns.servers."`
 	Via          string   `json:"via" doc:"Upstream or pool that these servers are asked through. Empty: dns.via."`
 	Action       string   `json:"action" enum:"block" doc:"block: the name does not exist."`
 }
@@ -110,7 +110,7 @@ type DNSRule struct {
 type Fake struct {
 	V4      netip.Prefix `json:"v4" default:"198.18.0.0/15" fixed:"true" doc:"IPv4 range of the fake addresses, /8 to /28."`
 	V6      netip.Prefix `json:"v6" default:"fd4d:5554:4558::/64" fixed:"true" doc:"IPv6 range of the fake addresses, /32 to /112."`
-	Exclude []string     `json:"exclude" doc:"Names that get real addresses: patterns as in domain."`
+	Exclude []string     `json:"exclude" default:"*.local" doc:"Names that get real addresses: patterns as in domain."`
 }
 
 // Cache is the cache of answers.

@@ -158,7 +158,7 @@ func (f *field) check(v reflect.Value) error {
 			return err
 		}
 		if !re.MatchString(v.String()) {
-			return fmt.Errorf("%q: want %s", v.String(), strings.ToLower(f.doc[:1])+f.doc[1:])
+			return fmt.Errorf("%q: want %s", v.String(), strings.ToLower(f.doc[:1])+strings.TrimSuffix(f.doc[1:], "."))
 		}
 	}
 	if dur, ok := reflect.TypeAssert[Duration](v); ok {

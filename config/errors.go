@@ -11,7 +11,7 @@ import (
 )
 
 // maxErrors is how many errors are reported at once. Beyond that a file is not a configuration with mistakes but something else.
-const maxErrors = 100
+const maxErrors = 1000
 
 // Error is one thing that is wrong with a configuration, and where.
 type Error struct {

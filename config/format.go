@@ -21,18 +21,24 @@ func Format(data []byte) ([]byte, error) {
 	if root, errs := parseTree(src); root == nil {
 		return nil, errs
 	}
-	out := append(bytes.TrimRight(data, " \t\r\n"), '\n')
+	out := endLine(data)
 	for range maxPasses {
-		next, err := hujson.Format(out)
+		// hujson works inside the buffer that it is given.
+		next, err := hujson.Format(bytes.Clone(out))
 		if err != nil {
 			return nil, Errors{syntaxError(src, err)}
 		}
-		if next = append(bytes.TrimRight(next, " \t\r\n"), '\n'); bytes.Equal(next, out) {
+		if next = endLine(next); bytes.Equal(next, out) {
 			break
 		}
 		out = next
 	}
 	return out, nil
+}
+
+// endLine returns a copy of the text that ends with exactly one newline.
+func endLine(data []byte) []byte {
+	return append(bytes.Clone(bytes.TrimRight(data, " \t\r\n")), '\n')
 }
 
 //go:embed templates/*.json

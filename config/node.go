@@ -104,12 +104,17 @@ func syntaxError(src *source, err error) *Error {
 		e.Msg = "invalid string: a control character or a backslash is not escaped"
 	}
 	e.Msg = strings.Replace(e.Msg, "unexpected EOF", "unexpected end of file", 1)
-	// hujson counts bytes.
-	lines := bytes.SplitAfterN(src.data, []byte("\n"), line+1)
-	if line <= len(lines) {
-		text := lines[line-1]
-		col = 1 + utf8.RuneCount(text[:min(col-1, len(text))])
+	// hujson counts bytes, and the newline that parseTree has added.
+	off := 0
+	for range line - 1 {
+		i := bytes.IndexByte(src.data[off:], '\n')
+		if i < 0 {
+			off = len(src.data)
+			break
+		}
+		off += i + 1
 	}
+	line, col = src.position(off + col - 1)
 	e.Line, e.Column = line, col
 	return e
 }

@@ -86,9 +86,28 @@ func (v *validator) ref(path, name string, accept ...string) {
 	switch {
 	case isBuiltin(name) && !slices.Contains(accept, name):
 		v.add(path, "%q cannot be used here", name)
-	case !slices.Contains(v.refs, name):
+	case !slices.Contains(v.refs, name) && !v.c.broken("upstreams") && !v.c.broken("pools"):
 		v.addHint(path, nearest(name, v.refs), "unknown upstream or pool %q", name)
 	}
+}
+
+// given reports whether a required key is there, so that its value can be at fault; the decoder has reported those that are not. A
+// Config without text is held to have all.
+func (v *validator) given(path, key string) bool {
+	if v.c.tree == nil {
+		return true
+	}
+	n, _ := v.c.tree.find(path)
+	return n.member(key) != nil
+}
+
+// broken reports whether a key of the top level is not an object: names inside it are not known then.
+func (c *Config) broken(key string) bool {
+	if c.tree == nil {
+		return false
+	}
+	m := c.tree.member(key)
+	return m != nil && m.val.kind != '{'
 }
 
 func (v *validator) absolute(path, file string) {
@@ -100,7 +119,7 @@ func (v *validator) absolute(path, file string) {
 // empty reports lists that are given without a member: nothing could match them.
 func (v *validator) empty(path, key string, given bool, length int) {
 	if given && length == 0 {
-		v.add(path+"."+key, "the list is empty")
+		v.add(joinKey(path, key), "the list is empty")
 	}
 }
 
@@ -147,7 +166,7 @@ func (v *validator) upstream(path, name string, u *Upstream) {
 	if isBuiltin(name) {
 		v.addKey(path, "%q is built in: use another name", name)
 	}
-	if u.URL == "" {
+	if u.URL == "" && v.given(path, "url") {
 		v.add(path+".url", "the url is empty")
 	}
 	a, at := &u.Auth, path+".auth"

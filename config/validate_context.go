@@ -83,11 +83,7 @@ func (v *validator) device(path, name string) {
 }
 
 func (v *validator) context(path string, ctx *Context) {
-	if ctx.Default == "" {
-		v.add(path+".default", "no upstream is given")
-	} else {
-		v.ref(path+".default", ctx.Default, "direct", "reject", "drop")
-	}
+	v.target(path, "default", ctx.Default)
 	for i := range ctx.Select {
 		v.selector(joinIndex(path+".select", i), &ctx.Select[i], ctx.Mode)
 	}
@@ -100,13 +96,19 @@ func (v *validator) context(path string, ctx *Context) {
 	for i := range ctx.Rules {
 		r, at := &ctx.Rules[i], joinIndex(path+".rules", i)
 		v.match(at, &r.Match)
-		if r.Upstream == "" {
-			v.add(at+".upstream", "no upstream is given")
-		} else {
-			v.ref(at+".upstream", r.Upstream, "direct", "reject", "drop")
-		}
+		v.target(at, "upstream", r.Upstream)
 	}
 	v.dns(path+".dns", &ctx.DNS)
+}
+
+// target checks the upstream that flows are sent to.
+func (v *validator) target(path, key, name string) {
+	switch {
+	case name != "":
+		v.ref(path+"."+key, name, "direct", "reject", "drop")
+	case v.given(path, key):
+		v.add(path+"."+key, "no upstream is given")
+	}
 }
 
 func (v *validator) selector(path string, s *Selector, mode string) {
@@ -215,8 +217,8 @@ func (v *validator) dns(path string, d *DNS) {
 		switch {
 		case len(r.Domain)+len(r.DomainSuffix) == 0:
 			v.add(at, "domain or domain_suffix is missing: this would match every name")
-		case r.Action == "" && len(r.Servers) == 0:
-			v.add(at, "servers or action is missing")
+		case r.Action == "" && len(r.Servers) == 0 && r.Via == "":
+			v.add(at, "servers, via or action is missing")
 		case r.Action != "" && (len(r.Servers) > 0 || r.Via != ""):
 			v.add(at, "action %s asks no servers", r.Action)
 		}
