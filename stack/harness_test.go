@@ -286,6 +286,7 @@ func (c tcpUpstream) Abort() {
 
 // relayTo accepts each connection and relays it to the origin, as flow does it in essence: a FIN becomes a FIN, an error a reset.
 func relayTo(tb testing.TB, to netip.AddrPort, wrap func(*net.TCPConn) flow.Conn) func(context.Context, netip.AddrPort, netip.AddrPort, flow.Pending) {
+	tb.Helper()
 	return func(_ context.Context, _, _ netip.AddrPort, p flow.Pending) {
 		raw, err := net.DialTCP("tcp", nil, net.TCPAddrFromAddrPort(to))
 		if err != nil {

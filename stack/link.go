@@ -71,6 +71,7 @@ func (l *link) send(hash uint32, h *tun.Header, pieces ...[]byte) {
 // nic is the link as netstack sees it.
 type nic struct {
 	*link
+	name         string
 	capabilities stack.LinkEndpointCapabilities
 	dispatcher   stack.NetworkDispatcher // set by CreateNIC, before the readers start, and cleared after they ended
 }
@@ -83,11 +84,11 @@ var (
 // newTrusted returns the NIC for packets whose checksums the kernel answers for. It must not claim transmit offload: netstack would then
 // leave SYN-ACK, RST and ICMP without checksums. TCP data needs none all the same, by GSO.NeedsCsum.
 func newTrusted(l *link) *nic {
-	return &nic{link: l, capabilities: stack.CapabilityRXChecksumOffload}
+	return &nic{link: l, name: "trusted", capabilities: stack.CapabilityRXChecksumOffload}
 }
 
 // newChecked returns the NIC for packets whose checksums netstack has to verify.
-func newChecked(l *link) *nic { return &nic{link: l} }
+func newChecked(l *link) *nic { return &nic{link: l, name: "checked"} }
 
 // WritePackets writes from the caller's goroutine: one system call a packet or train, no queue. netstack retransmits what is lost.
 func (n *nic) WritePackets(pkts stack.PacketBufferList) (int, tcpip.Error) {

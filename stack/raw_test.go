@@ -92,3 +92,5 @@ func udpPacket(src, dst netip.AddrPort, payload []byte) []byte {
 	binary.BigEndian.PutUint16(b[6:], sum)
 	return ip(src.Addr(), dst.Addr(), 17, b)
 }
+
+func sum(b []byte) uint16 { return checksum.Checksum(b, 0) }

@@ -152,7 +152,7 @@ func (s *Stack) build(trusted, checked *nic) error {
 	s.ns.SetTransportProtocolHandler(icmp.ProtocolNumber6, s.echo.handle)
 	var routes []tcpip.Route
 	for id, n := range map[tcpip.NICID]*nic{nicTrusted: trusted, nicChecked: checked} {
-		if err := s.ns.CreateNIC(id, n); err != nil {
+		if err := s.ns.CreateNICWithOptions(id, n, stack.NICOptions{Name: n.name}); err != nil {
 			return fmt.Errorf("nic %d: %s", id, err)
 		}
 		// Receive packets to any address, and send packets from any: the applications' destinations.

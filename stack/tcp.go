@@ -217,12 +217,12 @@ func (p *pending) Reject(r flow.Reason) {
 
 // setTCPOptions tunes netstack's TCP.
 func setTCPOptions(ns *stack.Stack) error {
-	sack := tcpip.TCPSACKEnabled(true)                           // a lost packet costs one retransmission, not a window
-	recovery := tcpip.TCPRecovery(0)                             // RACK takes 13 to 15 % of the CPU of a download, on a link that does not reorder
-	moderate := tcpip.TCPModerateReceiveBufferOption(true)       // so that the SYN-ACK's window scale allows bufferMax; fixed after accept
-	noDelay := tcpip.TCPDelayEnabled(false)                      // Nagle would hold back what the upstream has already sent
-	timeWait := tcpip.TCPTimeWaitTimeoutOption(time.Millisecond) // the forwarder ignores a SYN that reuses a tuple in TIME_WAIT: 12 s of silence
-	linger := tcpip.TCPLingerTimeoutOption(30 * time.Second)     // FIN_WAIT_2 after both sides of the relay have ended: the application has stopped caring
+	sack := tcpip.TCPSACKEnabled(true)                       // a lost packet costs one retransmission, not a window
+	recovery := tcpip.TCPRecovery(0)                         // RACK takes 13 to 15 % of the CPU of a download, on a link that does not reorder
+	moderate := tcpip.TCPModerateReceiveBufferOption(true)   // so that the SYN-ACK's window scale allows bufferMax; fixed after accept
+	noDelay := tcpip.TCPDelayEnabled(false)                  // Nagle would hold back what the upstream has already sent
+	timeWait := tcpip.TCPTimeWaitTimeoutOption(0)            // a SYN that reuses a tuple in TIME_WAIT is lost: 1 s at 1 ms, 12 s at 60 s
+	linger := tcpip.TCPLingerTimeoutOption(30 * time.Second) // FIN_WAIT_2 after both sides of the relay have ended: the application has stopped caring
 	retries := tcpip.TCPSynRetriesOption(synRetries)
 	cc := tcpip.CongestionControlOption("reno") // there is no congestion on a TUN; the cheapest
 	receive := tcpip.TCPReceiveBufferSizeRangeOption{Min: 4 << 10, Default: bufferMin, Max: bufferMax}

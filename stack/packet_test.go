@@ -1,0 +1,256 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package stack
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"net/netip"
+	"testing"
+
+	"gvisor.dev/gvisor/pkg/buffer"
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
+	"gvisor.dev/gvisor/pkg/tcpip/network/ipv6"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
+
+	"github.com/mutex-proxy/mutex/flow"
+	"github.com/mutex-proxy/mutex/tun"
+)
+
+// samples returns one packet of every kind the link tells apart, and the ways they go wrong.
+func samples() map[string][]byte {
+	v4, v6 := variants()[0], variants()[1]
+	src4, dst4 := netip.AddrPortFrom(v4.app(), 1), v4.dst(53)
+	src6, dst6 := netip.AddrPortFrom(v6.app(), 1), v6.dst(53)
+	change := func(b []byte, f func(b []byte)) []byte {
+		b = append([]byte(nil), b...)
+		f(b)
+		return b
+	}
+	u4, u6 := udpPacket(src4, dst4, []byte("payload")), udpPacket(src6, dst6, []byte("payload"))
+	chain := []byte{60, 0, 1, 4, 0, 0, 0, 0} // one of 100 destination option headers
+	var long []byte
+	for range 100 {
+		long = append(long, chain...)
+	}
+	return map[string][]byte{
+		"empty":         {},
+		"one byte":      {0x45},
+		"version 5":     {0x55, 0, 0, 20},
+		"short v4":      u4[:19],
+		"short v6":      u6[:39],
+		"udp v4":        u4,
+		"udp v6":        u6,
+		"padded":        append(append([]byte(nil), u4...), 0, 0, 0),
+		"tcp v4":        tcp4(src4.Addr(), dst4.Addr(), 1, 80, header.TCPFlagSyn),
+		"tcp v6":        tcp4(src6.Addr(), dst6.Addr(), 1, 80, header.TCPFlagSyn),
+		"tcp garbage":   ip4(src4.Addr(), dst4.Addr(), 6, bytes.Repeat([]byte{0xff}, 40)),
+		"header length": change(u4, func(b []byte) { b[0] = 0x4f }),
+		"total length":  change(u4, func(b []byte) { b[3] = 200 }),
+		"total short":   change(u4, func(b []byte) { b[3] = 10 }),
+		"v4 checksum":   change(u4, func(b []byte) { b[10]++ }),
+		"udp checksum":  change(u4, func(b []byte) { b[30]++ }),
+		"udp6 checksum": change(u6, func(b []byte) { b[50]++ }),
+		"udp6 none":     change(u6, func(b []byte) { b[46], b[47] = 0, 0 }),
+		"udp4 none":     change(u4, func(b []byte) { b[26], b[27] = 0, 0 }),
+		"udp length":    change(u6, func(b []byte) { b[45]++ }),
+		"udp short":     ip4(src4.Addr(), dst4.Addr(), 17, []byte{0, 1, 0, 2, 0, 4}),
+		"multicast":     udpPacket(src4, netip.MustParseAddrPort("224.0.0.251:5353"), nil),
+		"broadcast":     udpPacket(src4, netip.MustParseAddrPort("255.255.255.255:67"), nil),
+		"multicast v6":  udpPacket(src6, netip.MustParseAddrPort("[ff02::fb]:5353"), nil),
+		"from nowhere":  udpPacket(netip.MustParseAddrPort("0.0.0.0:68"), dst4, nil),
+		"loopback":      udpPacket(src4, netip.MustParseAddrPort("127.0.0.53:53"), nil),
+		"loopback v6":   udpPacket(netip.MustParseAddrPort("[::1]:1"), dst6, nil),
+		"mapped":        udpPacket(src6, netip.MustParseAddrPort("[::ffff:1.2.3.4]:53"), nil),
+		"fragment v4":   fragments(v4, src4.Addr(), dst4.Addr(), make([]byte, 100), 48, 1)[0],
+		"fragment v6":   fragments(v6, src6.Addr(), dst6.Addr(), make([]byte, 100), 48, 1)[1],
+		"chain":         ip6(src6.Addr(), dst6.Addr(), 60, long),
+		"hop by hop":    ip6(src6.Addr(), dst6.Addr(), 0, []byte{17, 255, 0, 0, 0, 0, 0, 0}),
+		"no next":       ip6(src6.Addr(), dst6.Addr(), 59, nil),
+		"igmp":          ip4(src4.Addr(), dst4.Addr(), 2, make([]byte, 8)),
+		"sctp":          ip4(src4.Addr(), dst4.Addr(), 132, make([]byte, 12)),
+		"options":       ip4(src4.Addr(), dst4.Addr(), 1, []byte{8, 0, 0, 0}),
+	}
+}
+
+func TestParse(t *testing.T) {
+	want := map[string]verdict{
+		"udp v4": toUDP, "udp v6": toUDP, "padded": toUDP, "udp4 none": toUDP,
+		"tcp v4": toNetstackSlow, "tcp v6": toNetstackSlow, "tcp garbage": toNetstackSlow,
+		"fragment v4": toNetstackSlow, "fragment v6": toNetstackSlow, "chain": toNetstackSlow, "hop by hop": toNetstackSlow,
+		"no next": toNetstackSlow, "igmp": toNetstackSlow, "sctp": toNetstackSlow, "options": toNetstackSlow,
+	}
+	why := map[string]drop{
+		"v4 checksum": dropChecksum, "header length": dropMalformed, "udp checksum": dropChecksum, "udp6 checksum": dropChecksum, "udp6 none": dropChecksum,
+		"multicast": dropMulticast, "broadcast": dropMulticast, "multicast v6": dropMulticast,
+		"from nowhere": dropMartian, "loopback": dropMartian, "loopback v6": dropMartian, "mapped": dropMartian,
+		"total length": dropMalformed, "total short": dropMalformed, "udp length": dropMalformed, "udp short": dropMalformed,
+	}
+	for name, b := range samples() {
+		var p packet
+		p.parse(b, &tun.Header{})
+		if p.verdict != want[name] {
+			t.Errorf("%s: verdict %d, want %d", name, p.verdict, want[name])
+		}
+		if w, ok := why[name]; p.verdict == dropped && ok && p.why != w {
+			t.Errorf("%s: dropped for %s, want %s", name, p.why, w)
+		}
+		if p.verdict == toUDP && (string(p.payload) != "payload" || p.src.Port() != 1 || p.dst.Port() != 53) {
+			t.Errorf("%s: %v", name, p)
+		}
+	}
+}
+
+// TestParseOffload: what the kernel vouches for, and what does not fit its packet.
+func TestParseOffload(t *testing.T) {
+	s := samples()
+	cases := []struct {
+		name, packet string
+		h            tun.Header
+		want         verdict
+	}{
+		{"open checksum", "udp checksum", tun.Header{Flags: tun.NeedsChecksum, CsumStart: 20, CsumOffset: 6}, toUDP},
+		{"verified", "udp6 checksum", tun.Header{Flags: tun.ChecksumValid}, toUDP},
+		{"start before the header", "udp checksum", tun.Header{Flags: tun.NeedsChecksum, CsumStart: 10, CsumOffset: 6}, dropped},
+		{"end after the packet", "udp checksum", tun.Header{Flags: tun.NeedsChecksum, CsumStart: 20, CsumOffset: 600}, dropped},
+		{"tcp open", "tcp v4", tun.Header{Flags: tun.NeedsChecksum, CsumStart: 20, CsumOffset: 16}, toNetstack},
+		{"train", "tcp v4", tun.Header{Flags: tun.NeedsChecksum, GSOType: tun.GSOTCP4, GSOSize: 1460, CsumStart: 20, CsumOffset: 16}, toNetstack},
+		{"train v6", "tcp v6", tun.Header{Flags: tun.NeedsChecksum, GSOType: tun.GSOTCP6, GSOSize: 1440, CsumStart: 40, CsumOffset: 16}, toNetstack},
+		{"train of the other family", "tcp v6", tun.Header{Flags: tun.NeedsChecksum, GSOType: tun.GSOTCP4, CsumStart: 40, CsumOffset: 16}, dropped},
+		{"train of datagrams", "udp v4", tun.Header{GSOType: 5}, dropped},
+		{"train of fragments", "fragment v4", tun.Header{GSOType: tun.GSOTCP4}, dropped},
+		{"fragment never vouched for", "fragment v4", tun.Header{Flags: tun.ChecksumValid}, toNetstackSlow},
+		{"fragment v6 never vouched for", "fragment v6", tun.Header{Flags: tun.ChecksumValid}, toNetstackSlow},
+	}
+	for _, c := range cases {
+		var p packet
+		p.parse(s[c.packet], &c.h)
+		if p.verdict != c.want {
+			t.Errorf("%s: verdict %d (%s), want %d", c.name, p.verdict, p.why, c.want)
+		}
+	}
+}
+
+// oracle is gVisor's slow path: a netstack that verifies everything, and says which payload came out as UDP.
+type oracle struct {
+	nic *nic
+	got []byte
+	ok  bool
+}
+
+func newOracle(tb testing.TB) *oracle {
+	tb.Helper()
+	o := &oracle{}
+	ns := stack.New(stack.Options{
+		NetworkProtocols:   []stack.NetworkProtocolFactory{ipv4.NewProtocol, ipv6.NewProtocol},
+		TransportProtocols: []stack.TransportProtocolFactory{udp.NewProtocol},
+	})
+	tb.Cleanup(ns.Destroy)
+	ns.SetTransportProtocolHandler(udp.ProtocolNumber, func(id stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
+		h := header.UDP(pkt.TransportHeader().Slice())
+		length, sum := header.UDPValid(h, func() uint16 { return pkt.Data().Checksum() }, uint16(pkt.Data().Size()), pkt.NetworkProtocolNumber,
+			id.RemoteAddress, id.LocalAddress, false)
+		o.ok = length && sum
+		o.got = make([]byte, pkt.Data().Size())
+		copyData(o.got, pkt)
+		return true
+	})
+	o.nic = newChecked(&link{})
+	for _, err := range []tcpip.Error{ns.CreateNIC(1, o.nic), ns.SetPromiscuousMode(1, true), ns.SetSpoofing(1, true)} {
+		if err != nil {
+			tb.Fatal(err)
+		}
+	}
+	return o
+}
+
+// udp returns what gVisor makes of the packet.
+func (o *oracle) udp(b []byte) ([]byte, bool) {
+	o.got, o.ok = nil, false
+	proto := header.IPv4ProtocolNumber
+	if b[0]>>4 == 6 {
+		proto = header.IPv6ProtocolNumber
+	}
+	pkt := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: buffer.MakeWithData(b)})
+	o.nic.dispatcher.DeliverNetworkPacket(proto, pkt)
+	pkt.DecRef()
+	return o.got, o.ok
+}
+
+// FuzzParse: nothing panics, every slice is inside the packet, and what passes as UDP would pass gVisor's own checks.
+func FuzzParse(f *testing.F) {
+	for _, b := range samples() {
+		f.Add(b, uint8(0), uint8(0), uint16(0), uint16(0))
+		f.Add(b, uint8(tun.NeedsChecksum), uint8(tun.GSOTCP4), uint16(20), uint16(16))
+		f.Add(b, uint8(tun.ChecksumValid), uint8(0), uint16(0), uint16(0))
+	}
+	o := newOracle(f)
+	f.Fuzz(func(t *testing.T, b []byte, flags, gso uint8, start, offset uint16) {
+		if len(b) > tun.MaxPacket {
+			return
+		}
+		h := tun.Header{Flags: flags, GSOType: gso, CsumStart: start, CsumOffset: offset}
+		var p packet
+		p.parse(b, &h)
+		if p.verdict == dropped {
+			return
+		}
+		if p.length > len(b) || p.headers > p.length || p.headers > 128 {
+			t.Fatalf("%+v", p)
+		}
+		if p.verdict == toUDP && flags&(tun.NeedsChecksum|tun.ChecksumValid) == 0 {
+			if got, ok := o.udp(b); !ok || !bytes.Equal(got, p.payload) {
+				t.Fatalf("gVisor says %v, % x: % x", ok, got, b)
+			}
+		}
+	})
+}
+
+// FuzzLink throws packets at a whole Stack: nothing may panic. What it makes of them goes nowhere.
+func FuzzLink(f *testing.F) {
+	for _, b := range samples() {
+		f.Add(b, uint8(0))
+		f.Add(b, uint8(tun.ChecksumValid))
+	}
+	s, _ := startStack(f, &handler{
+		udp: func(_ context.Context, _ netip.AddrPort, in flow.PacketSource, out flow.PacketSink) {
+			ds := []flow.Datagram{{Buf: make([]byte, slabLarge)}}
+			if n, err := in.ReadBatch(ds); err == nil {
+				out.Unreachable(ds[0].Addr.AddrPort(), ds[0].Buf, flow.ReasonRefused)
+				out.Deliver(ds[:n])
+			}
+		},
+		tcp: func(_ context.Context, _, _ netip.AddrPort, p flow.Pending) { p.Reject(flow.ReasonHostUnreachable) },
+		echo: func(context.Context, netip.Addr, netip.Addr) (bool, flow.Reason) {
+			return true, 0
+		},
+	}, true, func(c *Config) { c.MaxUDPSessions = 64 })
+	s.link.queues[0].Stop() // the reader is the fuzzer now
+	s.readers.Wait()
+	trusted, ok := s.ns.GetLinkEndpointByName("trusted").(*nic)
+	if !ok {
+		f.Fatal("no trusted nic")
+	}
+	checked := s.ns.GetLinkEndpointByName("checked").(*nic)
+	r := &reader{link: s.link, trusted: trusted, checked: checked, udp: s.udp.receive, idle: func() {}}
+	f.Cleanup(r.close)
+	f.Fuzz(func(_ *testing.T, b []byte, flags uint8) {
+		h := tun.Header{Flags: flags}
+		if flags&tun.NeedsChecksum != 0 {
+			h.CsumStart, h.CsumOffset = 40, 16
+			if len(b) > 0 && b[0]>>4 == 4 {
+				h.CsumStart = 20
+			}
+		}
+		// The checksums are put right now and then, so that the fuzzer gets past them.
+		if flags&0x80 != 0 && len(b) >= 20 && b[0]>>4 == 4 {
+			b[10], b[11] = 0, 0
+			binary.BigEndian.PutUint16(b[10:], ^sum(b[:min(len(b), int(b[0]&0xf)*4)]))
+		}
+		r.Packet(&h, copy(r.Buffer(), b))
+	})
+}
