@@ -22,7 +22,7 @@ type Host interface {
 
 	AddRule(Rule) error
 	DeleteRule(Rule) error
-	ReplaceRoute(Route) error
+	AddRoute(Route) error
 	DeleteRoute(Route) error
 	// SetLink sets addresses, MTU and queue length of a device of ours and brings it up. ok is false when it was so already.
 	SetLink(LinkSpec) (changed bool, err error)
@@ -42,7 +42,8 @@ type Host interface {
 	Sockets(ctx context.Context) (Sockets, error)
 	// DestroySockets ends the TCP connections whose mark is value within mask, so that the kernel sends nothing more for them.
 	DestroySockets(value, mask uint32) error
-	// Listener finds the processes that listen (TCP) at an address of this machine; self is excluded. Empty when none can be seen.
+	// Listener finds the processes that listen (TCP) at an address of this machine, with their descendants. Empty when
+	// none can be seen.
 	Listener(ctx context.Context, addr netip.AddrPort) ([]Process, error)
 
 	// Cgroup returns the cgroup v2 of a process (0 = self), as a path below the mount.
@@ -74,6 +75,7 @@ type Netns struct {
 type Features struct {
 	Cgroup2     bool // a writable cgroup v2 mount
 	NFTSocket   bool // nft `socket cgroupv2`
+	NFTOwner    bool // tables that die with their maker (kernel ≥ 5.12)
 	BPFSockMark bool // cgroup/sock_create programs
 }
 
@@ -137,9 +139,8 @@ type Sockets struct {
 	Clients []uint16 `json:"clients,omitempty"` // local ports of UDP sockets that are not servers, ascending
 }
 
-// Tuple is one TCP connection (or connected UDP socket) as this machine sees it.
+// Tuple is one TCP connection as this machine sees it.
 type Tuple struct {
-	UDP    bool           `json:"udp,omitempty"`
 	Local  netip.AddrPort `json:"local"`
 	Remote netip.AddrPort `json:"remote"`
 }
@@ -276,9 +277,3 @@ func protoName(p uint8) string {
 	}
 	return fmt.Sprint(p)
 }
-
-// LinuxHost is the real Host.
-type LinuxHost struct{ Host }
-
-// NewLinuxHost opens the netlink sockets in the calling thread's network namespace. ErrPrivilege, ErrFeature.
-func NewLinuxHost() (*LinuxHost, error) { return nil, ErrFeature }

@@ -4,7 +4,15 @@ package policy
 
 import (
 	"context"
-	"net/netip"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"path"
+	"reflect"
+	"slices"
+	"strings"
+	"sync"
 
 	"go.uber.org/zap"
 )
@@ -16,45 +24,15 @@ type Config struct {
 	LockDir string      // where the locks of this machine lie, the same for all instances; "" = /run/mprox
 }
 
-// Manager owns what one instance has changed in the kernel. Its methods are safe for concurrent use.
-type Manager struct{}
-
-// NewManager touches nothing.
-func NewManager(cfg Config) *Manager { return &Manager{} }
-
-// Snapshot reads the world without changing it: nameservers, addresses and routes as they are.
-func (m *Manager) Snapshot(ctx context.Context) (Snapshot, error) { return Snapshot{}, ErrClosed }
-
-// Prepare takes the instance lock and those of the slots, writes the journal, and closes everything that spec captures: guard, unreachable
-// routes, rules, in that order. It adopts what a crashed instance left, capture first. ErrConflict, ErrPrivilege, ErrFeature; then nothing
-// is changed. From now on foreign changes are repaired.
-func (m *Manager) Prepare(ctx context.Context, spec Spec) error { return ErrClosed }
-
-// Apply makes the kernel as spec says. It is idempotent, and undoes itself when it fails. Devices named in spec must be open.
-func (m *Manager) Apply(ctx context.Context, spec Spec) error { return ErrClosed }
-
-// ExcludeListeners leaves the processes that listen at these addresses of this machine alone in global mode: upstreams on loopback.
-// ErrConflict names the address when the process cannot be seen.
-func (m *Manager) ExcludeListeners(ctx context.Context, addrs []netip.AddrPort) error {
-	return ErrClosed
+func (c Config) withDefaults() Config {
+	if c.Log == nil {
+		c.Log = zap.NewNop()
+	}
+	if c.LockDir == "" {
+		c.LockDir = defaultLockDir
+	}
+	return c
 }
-
-// AcquireSlot reserves a slot that no other instance in this network namespace uses, and nothing in the kernel does: from the top down.
-func (m *Manager) AcquireSlot(ctx context.Context) (int, error) { return 0, ErrClosed }
-
-// ReleaseSlot gives a slot back that no context of the Spec uses any more.
-func (m *Manager) ReleaseSlot(slot int) {}
-
-// NewCgroup makes a cgroup below the caller's whose sockets belong to the context in slot.
-func (m *Manager) NewCgroup(ctx context.Context, name string, slot int) (*Cgroup, error) {
-	return nil, ErrClosed
-}
-
-// Stats returns counters since Prepare.
-func (m *Manager) Stats() Stats { return Stats{} }
-
-// Close stops watching and undoes what mode says. It is idempotent.
-func (m *Manager) Close(ctx context.Context, mode StopMode) error { return ErrClosed }
 
 // Stats is what status and metrics show.
 type Stats struct {
@@ -63,32 +41,449 @@ type Stats struct {
 	Restored     map[string]uint64 // by object: rule, route, nft, link, sysctl
 }
 
-// Cgroup is a cgroup made by Manager.NewCgroup.
-type Cgroup struct{}
+// Manager owns what one instance has changed in the kernel. Its methods are safe for concurrent use.
+//
+//	new ──Prepare──▶ closed (guard, unreachable) ──Apply──▶ capturing ──Close──▶ undone, or closed for good
+type Manager struct {
+	cfg  Config
+	host Host
+	log  *zap.Logger
 
-// Ref returns what ContextSpec.Cgroups takes.
-func (c *Cgroup) Ref() CgroupRef { return CgroupRef{} }
-
-// FD is the directory's descriptor, for SysProcAttr.CgroupFD (clone3 CLONE_INTO_CGROUP). Valid until Remove.
-func (c *Cgroup) FD() int { return -1 }
-
-// Method says how sockets are marked: "bpf+nft" or "nft".
-func (c *Cgroup) Method() string { return "" }
-
-// Wait returns when the last process has gone, or with ctx's error. A cgroup nothing was started in yet is empty.
-func (c *Cgroup) Wait(ctx context.Context) error { return ErrClosed }
-
-// Remove removes the directory; it fails while processes live in it. Idempotent.
-func (c *Cgroup) Remove() error { return ErrClosed }
-
-// Report says what Cleanup did.
-type Report struct {
-	Removed []string // one line an object
-	Skipped string   // why nothing was done: the owner lives
+	mu        sync.Mutex // guards what follows
+	prepared  bool
+	closed    bool
+	observed  bool // base.Sockets is filled in
+	spec      Spec
+	base      Snapshot // what is read once: features, sockets, daemon, excluded
+	journal   journal
+	locks     *locks
+	slots     map[int]bool  // locked by us
+	ghosts    []ContextSpec // contexts of a crashed instance, or ended ones, whose processes live on: blocked
+	nftText   map[string]string
+	nftPrint  map[string]string
+	restored  map[string]uint64
+	dropped   uint64 // by guard tables that have been replaced since
+	stopWatch context.CancelFunc
+	watching  sync.WaitGroup
 }
 
-// Cleanup removes, without a daemon, what a crash of the instance left behind, and restores the sysctls. It does nothing when the owner of
-// the journal lives. A damaged journal is an error (ErrJournal), after everything that carries our marks has been removed.
-func Cleanup(ctx context.Context, cfg Config, in Instance) (Report, error) {
-	return Report{}, ErrClosed
+// NewManager touches nothing.
+func NewManager(cfg Config) *Manager {
+	cfg = cfg.withDefaults()
+	return &Manager{
+		cfg: cfg, host: cfg.Host, log: cfg.Log, slots: map[int]bool{}, nftText: map[string]string{}, nftPrint: map[string]string{},
+		restored: map[string]uint64{},
+	}
 }
+
+// Snapshot reads the world without changing it: nameservers, addresses and routes as they are.
+func (m *Manager) Snapshot(ctx context.Context) (Snapshot, error) {
+	m.mu.Lock()
+	base := m.spec.withDefaults().TableBase
+	m.mu.Unlock()
+	return m.host.Snapshot(ctx, base)
+}
+
+// Prepare takes the instance lock and those of the slots, writes the journal, and closes everything that spec captures: guard, unreachable
+// routes, rules, in that order. It adopts what a crashed instance left, capture first. ErrConflict, ErrPrivilege, ErrFeature; then nothing
+// is changed. From now on foreign changes are repaired.
+func (m *Manager) Prepare(ctx context.Context, spec Spec) (err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closed || m.prepared {
+		return ErrClosed
+	}
+	spec = spec.withDefaults()
+	if err := spec.validate(); err != nil {
+		return err
+	}
+	if m.locks, err = lockInstance(m.cfg.LockDir, spec.Instance, m.host.Netns()); err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			m.unlockLocked()
+		}
+	}()
+	if err := m.lockSlotsLocked(spec); err != nil {
+		return err
+	}
+	if m.base.Features, err = m.host.Features(); err != nil {
+		return err
+	}
+	spec = closedSpec(spec)
+	snap, err := m.host.Snapshot(ctx, spec.TableBase)
+	if err != nil {
+		return err
+	}
+	if err := conflicts(spec, snap); err != nil {
+		return err
+	}
+	m.spec = spec
+	adopted, err := m.loadJournalLocked(spec)
+	if err != nil {
+		return err
+	}
+	if err = m.observeLocked(ctx, spec); err == nil {
+		err = m.convergeLocked(ctx, spec, false)
+	}
+	if err != nil && !adopted { // what a crash has left closed stays closed
+		t := teardown{host: m.host, log: m.log, journal: m.journal}
+		err = errors.Join(err, t.run(context.WithoutCancel(ctx)), os.Remove(spec.Instance.Journal))
+	}
+	if err != nil {
+		return err
+	}
+	m.prepared = true
+	m.watchLocked()
+	return nil
+}
+
+// closedSpec is the spec before its devices are open.
+func closedSpec(s Spec) Spec {
+	s.Contexts = slices.Clone(s.Contexts)
+	for i := range s.Contexts {
+		c := &s.Contexts[i]
+		c.TUN, c.DNSPort4, c.DNSPort6 = "", 0, 0
+	}
+	return s
+}
+
+// Apply makes the kernel as spec says. It is idempotent, and undoes itself when it fails. Devices named in spec must be open.
+func (m *Manager) Apply(ctx context.Context, spec Spec) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closed || !m.prepared {
+		return ErrClosed
+	}
+	spec = spec.withDefaults()
+	if err := spec.validate(); err != nil {
+		return err
+	}
+	if spec.Mask != m.spec.Mask || spec.TableBase != m.spec.TableBase || spec.RulePriority != m.spec.RulePriority || spec.Instance != m.spec.Instance {
+		return fmt.Errorf("kernel.* and the socket are fixed at start")
+	}
+	if err := m.lockSlotsLocked(spec); err != nil {
+		return err
+	}
+	if err := m.observeLocked(ctx, spec); err != nil {
+		return err
+	}
+	old := m.spec
+	m.spec = spec
+	if err := m.convergeLocked(ctx, spec, false); err != nil {
+		m.spec = old
+		if uerr := m.convergeLocked(context.WithoutCancel(ctx), old, false); uerr != nil {
+			m.log.Error("kernel state is neither the old nor the new one; it is repaired with the next event", zap.Error(uerr))
+		}
+		return err
+	}
+	return nil
+}
+
+// convergeLocked makes the kernel as spec (and the ghosts) want it. repair counts what had to be put back.
+func (m *Manager) convergeLocked(ctx context.Context, spec Spec, repair bool) error {
+	if err := m.daemonCgroupLocked(spec); err != nil {
+		return err
+	}
+	m.dropGhostsLocked()
+	spec.Contexts = slices.Concat(spec.Contexts, m.ghosts)
+	snap, err := m.host.Snapshot(ctx, spec.TableBase)
+	if err != nil {
+		return err
+	}
+	snap.Features, snap.Sockets, snap.Daemon, snap.Excluded = m.base.Features, m.base.Sockets, m.base.Daemon, m.base.Excluded
+	if repair {
+		// Somebody else's rule in our block is no reason to leave ours broken.
+		snap.Rules = slices.DeleteFunc(snap.Rules, func(r Rule) bool { return r.Protocol != Protocol })
+	}
+	plan, err := NewPlan(spec, snap)
+	if err != nil {
+		return err
+	}
+	if err := m.recordLocked(spec, plan); err != nil {
+		return err
+	}
+	a := applier{host: m.host, log: m.log, snap: snap, plan: plan, nftText: m.nftText, nftPrint: m.nftPrint}
+	a.replacing = m.keepDroppedLocked
+	a.owns = ownsOf(Spec{Instance: spec.Instance, TableBase: spec.TableBase, RulePriority: spec.RulePriority, Contexts: m.journal.spec().Contexts})
+	a.count = func(object string, n int) {
+		if repair {
+			m.restored[object] += uint64(n)
+		}
+	}
+	if err := a.run(ctx); err != nil {
+		return err
+	}
+	return m.forgetLocked(spec)
+}
+
+// recordLocked writes the journal with what is about to be changed, if that is not in it yet.
+func (m *Manager) recordLocked(spec Spec, plan *Plan) error {
+	contexts, sysctls := slices.Clone(m.journal.Contexts), maps.Clone(m.journal.Sysctls)
+	m.journal.addContexts(spec.Contexts)
+	if m.journal.Sysctls == nil {
+		m.journal.Sysctls = map[string]string{}
+	}
+	for _, s := range plan.Sysctls {
+		if _, there := m.journal.Sysctls[s.Key]; there || s.Own {
+			continue
+		}
+		have, err := m.host.Sysctl(s.Key)
+		if err == nil && have != s.Value {
+			m.journal.Sysctls[s.Key] = have
+		}
+	}
+	if reflect.DeepEqual(contexts, m.journal.Contexts) && maps.Equal(sysctls, m.journal.Sysctls) {
+		return nil
+	}
+	return m.journal.write(spec.Instance.Journal)
+}
+
+// forgetLocked takes contexts out of the journal whose objects have just been removed.
+func (m *Manager) forgetLocked(spec Spec) error {
+	n := len(m.journal.Contexts)
+	m.journal.Contexts = slices.DeleteFunc(m.journal.Contexts, func(j journalContext) bool {
+		return !slices.ContainsFunc(spec.Contexts, func(c ContextSpec) bool { return c.Slot == j.Slot })
+	})
+	if len(m.journal.Contexts) == n {
+		return nil
+	}
+	return m.journal.write(spec.Instance.Journal)
+}
+
+// loadJournalLocked starts the journal, from the one a crashed instance left if there is one.
+func (m *Manager) loadJournalLocked(spec Spec) (adopted bool, err error) {
+	m.journal = newJournal(spec, m.host.Netns())
+	old, err := readJournal(spec.Instance.Journal)
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		// Left-overs without a journal are found by our protocol number, and swapped like any others.
+	case err != nil:
+		m.log.Error("the journal of the last run cannot be read: settings it changed are not restored", zap.Error(err))
+	case old.Netns != m.host.Netns():
+		m.log.Info("the journal is of another network namespace or another boot: nothing of it is here")
+	default:
+		adopted = true
+		if err := m.adoptLocked(old, spec); err != nil {
+			return true, err
+		}
+	}
+	return adopted, m.journal.write(spec.Instance.Journal)
+}
+
+// adoptLocked takes over what a crashed instance has left: its settings' old values, its cgroups, and the contexts whose processes live.
+func (m *Manager) adoptLocked(old journal, spec Spec) error {
+	if old.TableBase != spec.TableBase || old.RulePriority != spec.RulePriority || old.Mask != spec.Mask {
+		return fmt.Errorf("%w: a crashed mprox left its state under other kernel.* settings: run `mprox cleanup` first", ErrConflict)
+	}
+	m.journal.Sysctls, m.journal.Cgroups, m.journal.Moved = maps.Clone(old.Sysctls), old.Cgroups, old.Moved
+	// Conntrack has been watching since: what it does not know now is no server's connection.
+	m.base.Sockets, m.journal.Sockets, m.observed = old.Sockets, old.Sockets, true
+	m.journal.Contexts = old.Contexts
+	for _, c := range old.Contexts {
+		if c.Mode == ModeGlobal || !m.populated(c.Cgroups) {
+			continue
+		}
+		if i := slices.IndexFunc(spec.Contexts, func(x ContextSpec) bool { return x.Slot == c.Slot }); i >= 0 {
+			if spec.Contexts[i].Mode == ModeGlobal {
+				return fmt.Errorf("%w: processes of %q that survived a crash hold slot %d: end them, or run `mprox cleanup`", ErrConflict, c.Name, c.Slot)
+			}
+			continue // it is captured by the context that has the slot now
+		}
+		if ok, err := m.locks.slot(c.Slot); err != nil || !ok {
+			return errors.Join(err, fmt.Errorf("%w: slot %d is in use", ErrConflict, c.Slot))
+		}
+		m.slots[c.Slot] = true
+		name, _, _ := strings.Cut(c.Name, " (crashed")
+		m.ghosts = append(m.ghosts, ContextSpec{Name: fmt.Sprintf("%s (crashed, slot %d)", name, c.Slot), Slot: c.Slot, Mode: c.Mode, Cgroups: c.Cgroups})
+	}
+	m.ghosts = Spec{Contexts: m.ghosts}.withDefaults().Contexts
+	return nil
+}
+
+func (m *Manager) populated(refs []CgroupRef) bool {
+	return slices.ContainsFunc(refs, func(r CgroupRef) bool {
+		pids, err := m.host.CgroupProcs(r.Path)
+		return err != nil && !errors.Is(err, os.ErrNotExist) || len(pids) > 0
+	})
+}
+
+// dropGhostsLocked forgets the contexts whose last process has gone.
+func (m *Manager) dropGhostsLocked() {
+	m.ghosts = slices.DeleteFunc(m.ghosts, func(c ContextSpec) bool {
+		if m.populated(c.Cgroups) {
+			return false
+		}
+		for _, r := range c.Cgroups {
+			m.removeCgroupLocked(r.Path)
+		}
+		return true
+	})
+}
+
+// observeLocked lists the sockets that are older than the guard. Conntrack is switched on first, by a table that does nothing: from then on
+// it knows who opened a connection, so that none falls between the list and the guard.
+func (m *Manager) observeLocked(ctx context.Context, spec Spec) error {
+	if m.observed || len(spec.Contexts) == 0 {
+		return nil
+	}
+	watch := NFTable{Name: spec.Instance.tableName(), chains: []nfChain{
+		{name: "prerouting", typ: "filter", hook: "prerouting", priority: prioMangle, rules: []nfRule{rule(stCtNew{}, accept())}},
+		{name: "output", typ: "route", hook: "output", priority: prioMangle, rules: []nfRule{rule(stCtNew{}, accept())}},
+	}}
+	there, err := m.host.NFTables(watch.Name)
+	if err != nil {
+		return err
+	}
+	if _, ok := there[watch.Name]; !ok { // a guard that is there, even without its journal, is never replaced by less
+		if err := m.host.ApplyNFT([]NFTable{watch}, nil); err != nil {
+			return err
+		}
+	}
+	if m.base.Sockets, err = m.host.Sockets(ctx); err != nil {
+		return err
+	}
+	m.observed, m.journal.Sockets = true, m.base.Sockets
+	return m.journal.write(spec.Instance.Journal)
+}
+
+// lockSlotsLocked takes the locks of the spec's slots.
+func (m *Manager) lockSlotsLocked(spec Spec) error {
+	for _, c := range spec.Contexts {
+		if m.slots[c.Slot] {
+			continue
+		}
+		ok, err := m.locks.slot(c.Slot)
+		if err != nil {
+			return err
+		}
+		if !ok {
+			return fmt.Errorf("%w: slot %d of context %q is in use by an `mprox run` in this network namespace", ErrConflict, c.Slot, c.Name)
+		}
+		m.slots[c.Slot] = true
+	}
+	return nil
+}
+
+func (m *Manager) unlockLocked() {
+	if m.locks != nil {
+		m.locks.close()
+		m.locks = nil
+	}
+	clear(m.slots)
+}
+
+// AcquireSlot reserves a slot that no other instance in this network namespace uses, and nothing in the kernel does: from the top down.
+// Prepare must have been called. ErrConflict when all are in use.
+func (m *Manager) AcquireSlot(ctx context.Context) (int, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closed || !m.prepared {
+		return 0, ErrClosed
+	}
+	snap, err := m.host.Snapshot(ctx, m.spec.TableBase)
+	if err != nil {
+		return 0, err
+	}
+	for slot := MaxContexts - 1; slot >= 0; slot-- {
+		if m.slots[slot] {
+			continue
+		}
+		// Blocked survivors of a killed run hold no lock.
+		own := owns{spec: m.spec, slots: map[int]bool{slot: true}}
+		if slices.ContainsFunc(snap.Rules, own.rule) || slices.ContainsFunc(snap.Routes, own.route) {
+			continue
+		}
+		ok, err := m.locks.slot(slot)
+		if err != nil {
+			return 0, err
+		}
+		if ok {
+			m.slots[slot] = true
+			return slot, nil
+		}
+	}
+	return 0, fmt.Errorf("%w: all %d marks are in use", ErrConflict, MaxContexts)
+}
+
+// ReleaseSlot gives a slot back that no context of the Spec uses any more.
+func (m *Manager) ReleaseSlot(slot int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.locks != nil && m.slots[slot] {
+		m.locks.release(slot)
+		delete(m.slots, slot)
+	}
+}
+
+// keepDroppedLocked saves the guard's counter: a replaced table starts from zero.
+func (m *Manager) keepDroppedLocked() {
+	if n, err := m.host.NFCounter(m.spec.Instance.tableName(), guardCounter); err == nil {
+		m.dropped += n
+	}
+}
+
+// Stats returns counters since Prepare.
+func (m *Manager) Stats() Stats {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	s := Stats{Restored: maps.Clone(m.restored), GuardDropped: m.dropped}
+	name := m.spec.Instance.tableName()
+	if _, ok := m.nftText[name]; ok && !m.closed {
+		s.GuardActive = true
+		if n, err := m.host.NFCounter(name, guardCounter); err == nil {
+			s.GuardDropped += n
+		}
+	}
+	return s
+}
+
+// Close stops watching and undoes what mode says. It is idempotent.
+func (m *Manager) Close(ctx context.Context, mode StopMode) error {
+	m.mu.Lock()
+	stop := m.stopWatch
+	m.mu.Unlock()
+	if stop != nil {
+		stop()
+		m.watching.Wait()
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closed {
+		return nil
+	}
+	m.closed = true
+	if !m.prepared {
+		return nil
+	}
+	defer m.unlockLocked()
+	spec := closedSpec(m.spec)
+	spec.Contexts = slices.DeleteFunc(spec.Contexts, func(c ContextSpec) bool { return !m.keep(c, mode) })
+	if mode == StopOpen {
+		m.ghosts = nil
+	}
+	if len(spec.Contexts)+len(m.ghosts) > 0 {
+		m.spec = spec
+		return m.convergeLocked(ctx, spec, false)
+	}
+	t := teardown{host: m.host, log: m.log, journal: m.journal}
+	if err := t.run(ctx); err != nil {
+		return err // the journal stays, for cleanup
+	}
+	return os.Remove(m.spec.Instance.Journal)
+}
+
+// keep reports whether a context stays closed when the daemon stops.
+func (m *Manager) keep(c ContextSpec, mode StopMode) bool {
+	switch mode {
+	case StopOpen:
+		return false
+	case StopBlock:
+		return c.Mode != ModeDisabled
+	}
+	// What `mprox run` has started was meant to be proxied for all its life.
+	return c.OnStop == OnEndBlock || m.spec.Instance.Run && m.populated(c.Cgroups)
+}
+
+func parentCgroup(p string) string { return path.Dir(p) }
