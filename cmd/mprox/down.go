@@ -57,7 +57,10 @@ func cleanupAll(cmd *cobra.Command, g *globals) error {
 	if err != nil {
 		return err
 	}
-	socket := g.socketPath()
+	socket, err := g.instance()
+	if err != nil {
+		return err
+	}
 	var errs []error
 	for _, in := range append([]policy.Instance{policy.InstanceFor(socket)}, runsBeside(socket)...) {
 		r, err := g.cleanup(cmd.Context(), in)

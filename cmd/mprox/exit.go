@@ -81,10 +81,12 @@ func isAny[E error](err error) bool {
 	return ok
 }
 
-// report writes an error to stderr: one line that says what to do next, save for a configuration, of which it is one line each mistake.
+// report writes an error to stderr: one line that says what to do next, save for a configuration, of which it is one line each mistake,
+// beginning with FILE:LINE:COLUMN as editors and scripts expect.
 func report(w io.Writer, cmd *cobra.Command, err error, code int, usage bool) {
 	lines := strings.Split(strings.TrimSpace(err.Error()), "\n")
-	if code == exitConfig && len(lines) > 1 {
+	es, _ := errors.AsType[config.Errors](err)
+	if code == exitConfig && (len(lines) > 1 || len(es) > 0 && es[0].Line > 0) {
 		for _, line := range lines {
 			fmt.Fprintln(w, printable(line))
 		}

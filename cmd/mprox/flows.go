@@ -104,9 +104,13 @@ func watchFlows(cmd *cobra.Command, g *globals) error {
 	if g.output == "csv" {
 		return usageError("--watch prints a table or, with -o json, JSON lines; not csv")
 	}
+	socket, err := g.instance()
+	if err != nil {
+		return err
+	}
 	ctx, stop := signal.NotifyContext(cmd.Context(), unix.SIGINT, unix.SIGTERM)
 	defer stop()
-	c := client.New(g.socketPath())
+	c := client.New(socket)
 	defer c.Close()
 	return printFlows(cmd.OutOrStdout(), c.WatchFlows(ctx), g.output == "json")
 }

@@ -3,13 +3,17 @@
 package main
 
 import (
+	"cmp"
 	"context"
+	"encoding/json"
+	"fmt"
 	"io"
 	"os"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/tailscale/hujson"
 
 	"github.com/mutex-proxy/mutex/config"
 	"github.com/mutex-proxy/mutex/control/client"
@@ -130,20 +134,39 @@ func execute(g *globals, args []string, stdout, stderr io.Writer) int {
 	return code
 }
 
-// socketPath returns where the daemon listens: --socket, else what a configuration given by -c says, else the default.
+// instance returns the control socket of the daemon that is meant: --socket, else what a configuration given by -c says, else the default.
+// A configuration that cannot be read is an error: to stop another daemon than the one that is meant is worse than to stop none.
+func (g *globals) instance() (string, error) {
+	if g.socket != "" || !g.configGiven {
+		return cmp.Or(g.socket, client.DefaultSocket), nil
+	}
+	data, err := os.ReadFile(g.config)
+	if err != nil {
+		return "", exitError{exitConfig, fmt.Errorf("%w; it would say where the daemon listens: give --socket instead", err)}
+	}
+	// Not config.Parse: what the daemon was given besides (its environment, files of root) need not be there for the caller.
+	var cfg struct {
+		Control struct {
+			Socket string `json:"socket"`
+		} `json:"control"`
+	}
+	plain, err := hujson.Standardize(data)
+	if err == nil {
+		err = json.Unmarshal(plain, &cfg)
+	}
+	if err != nil {
+		return "", exitError{exitConfig, fmt.Errorf("%s: %w; it would say where the daemon listens: give --socket instead", g.config, err)}
+	}
+	return cmp.Or(cfg.Control.Socket, client.DefaultSocket), nil
+}
+
+// socketPath is instance for those who can do without a daemon.
 func (g *globals) socketPath() string {
-	if g.socket != "" {
-		return g.socket
+	socket, err := g.instance()
+	if err != nil {
+		return client.DefaultSocket
 	}
-	if g.configGiven {
-		// A configuration that cannot be read names no socket; the commands that need more of it say so.
-		if data, err := os.ReadFile(g.config); err == nil {
-			if cfg, err := config.Parse(g.config, data); err == nil {
-				return cfg.Control.Socket
-			}
-		}
-	}
-	return client.DefaultSocket
+	return socket
 }
 
 // socketOf returns where a daemon with this configuration shall listen.
@@ -156,7 +179,11 @@ func (g *globals) socketOf(cfg *config.Config) string {
 
 // ask calls the daemon, with a bound on the time it may take.
 func (g *globals) ask(cmd *cobra.Command, limit time.Duration, call func(context.Context, *client.Client) error) error {
-	c := client.New(g.socketPath())
+	socket, err := g.instance()
+	if err != nil {
+		return err
+	}
+	c := client.New(socket)
 	defer c.Close()
 	ctx, cancel := context.WithTimeout(cmd.Context(), limit)
 	defer cancel()
