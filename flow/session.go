@@ -13,7 +13,7 @@ func (s *session) sweep(now time.Time) bool {
 	var idle []*peer
 	s.mu.Lock()
 	for _, p := range s.peers {
-		left := p.idle - time.Duration(clock-p.e.last())
+		left := p.idle - time.Duration(clock-p.last())
 		if p.refused {
 			left = min(left, p.retry.Sub(now))
 		}
@@ -35,23 +35,42 @@ func (s *session) sweep(now time.Time) bool {
 	return alive
 }
 
-// makeRoom ends the longest idle flow of a socket that has as many as it may.
+// makeRoom ends the longest idle flow of a socket that has as many as it may. Only dispatch's goroutine calls it.
 func (s *session) makeRoom() {
-	var oldest *peer
 	s.mu.Lock()
-	if len(s.peers) >= maxPeers {
-		last := int64(0)
-		for _, p := range s.peers {
-			if l := p.e.last(); oldest == nil || l < last {
-				oldest, last = p, l
-			}
-		}
-	}
+	full := len(s.peers) >= maxPeers
 	s.mu.Unlock()
-	if oldest != nil {
-		s.end(oldest, ResultEvicted, nil)
+	if !full {
+		return
+	}
+	p, ok := s.idlest.take(s.alive)
+	if !ok {
+		s.idlest.scanned(s.scan())
+		p, ok = s.idlest.take(s.alive)
+	}
+	if ok {
+		s.end(p, ResultEvicted, nil)
 	}
 }
+
+func (s *session) alive(p *peer) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return !p.over
+}
+
+func (s *session) scan() []aged[*peer] {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	all := make([]aged[*peer], 0, len(s.peers))
+	for _, p := range s.peers {
+		all = append(all, aged[*peer]{p, p.last()})
+	}
+	return all
+}
+
+// last returns when the flow last moved.
+func (p *peer) last() int64 { return p.e.last() }
 
 // end ends one flow, and its association with the last of them. It may be called from anywhere, with no lock held, at any time after the
 // flow has been added to the table.

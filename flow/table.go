@@ -84,7 +84,7 @@ type Table struct {
 	totals
 
 	evictMu sync.Mutex
-	idlest  []candidate // what is left of the last scan, longest idle last
+	idlest  idlest[*entry]
 
 	watchers
 }
@@ -93,12 +93,6 @@ type tableShard struct {
 	mu   sync.Mutex
 	live map[uint64]*entry
 	sums sums // of the flows that have ended here
-}
-
-// candidate is an entry as a scan saw it.
-type candidate struct {
-	e    *entry
-	last int64
 }
 
 // NewTable returns an empty table.
@@ -154,19 +148,15 @@ func (t *Table) clock() int64 { return t.clockAt(t.cfg.Now()) }
 func (t *Table) clockAt(now time.Time) int64 { return int64(now.Sub(t.epoch)) }
 
 // evict ends the flow that has been idle longest, and reports whether there was one.
-//
-// A scan keeps more candidates than it needs now. While nothing but time has passed, the first of them that has not moved since is
-// still exactly the longest idle: flows only ever become younger, and flows that came later are younger than all candidates. So one
-// scan of n flows pays for n/64 evictions.
 func (t *Table) evict() bool {
 	t.evictMu.Lock()
-	e := t.takeIdlestLocked()
-	if e == nil {
-		t.idlest = t.scan()
-		e = t.takeIdlestLocked()
+	e, ok := t.idlest.take((*entry).giveSlot)
+	if !ok {
+		t.idlest.scanned(t.scan())
+		e, ok = t.idlest.take((*entry).giveSlot)
 	}
 	t.evictMu.Unlock()
-	if e == nil {
+	if !ok {
 		return false
 	}
 	t.evicted.Add(1)
@@ -174,37 +164,20 @@ func (t *Table) evict() bool {
 	return true
 }
 
-// takeIdlestLocked returns the longest idle candidate that has not moved since the scan, with its slot taken from it.
-func (t *Table) takeIdlestLocked() *entry {
-	for n := len(t.idlest); n > 0; n = len(t.idlest) {
-		c := t.idlest[n-1]
-		t.idlest[n-1] = candidate{}
-		t.idlest = t.idlest[:n-1]
-		if c.e.last() == c.last && c.e.giveSlot() {
-			return c.e
-		}
-	}
-	return nil
-}
-
-// scan returns the longest idle flows that have a slot, longest idle last.
-func (t *Table) scan() []candidate {
-	all := make([]candidate, 0, t.Len())
+// scan returns the flows that have a slot, with when they last moved.
+func (t *Table) scan() []aged[*entry] {
+	all := make([]aged[*entry], 0, t.Len())
 	for i := range t.shard {
 		s := &t.shard[i]
 		s.mu.Lock()
 		for _, e := range s.live {
 			if !e.slotless.Load() {
-				all = append(all, candidate{e, e.last()})
+				all = append(all, aged[*entry]{e, e.last()})
 			}
 		}
 		s.mu.Unlock()
 	}
-	slices.SortFunc(all, func(a, b candidate) int {
-		return cmp.Or(cmp.Compare(b.last, a.last), cmp.Compare(b.e.id, a.e.id))
-	})
-	keep := max(1, len(all)/64)
-	return slices.Clone(all[max(0, len(all)-keep):])
+	return all
 }
 
 // entries returns the flows alive now, in no order.

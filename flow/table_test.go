@@ -286,3 +286,24 @@ func TestTableConcurrent(t *testing.T) {
 		}
 	})
 }
+
+// Every flow that a full table takes ends another.
+func BenchmarkTableFull(b *testing.B) {
+	tb := NewTable(TableConfig{})
+	add := func() {
+		f := &Flow{Network: TCP}
+		var e *entry
+		e, err := tb.add(f, func(error) { e.finish() })
+		if err != nil {
+			b.Fatal(err)
+		}
+		e.decide(f, Decision{})
+	}
+	for range DefaultMaxFlows {
+		add()
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		add()
+	}
+}

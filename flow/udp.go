@@ -46,6 +46,7 @@ type session struct {
 	wg      sync.WaitGroup // preparing, replies, queries
 	queries chan struct{}
 	routed  [maxBatch]*peer // of the batch being dispatched
+	idlest  idlest[*peer]
 
 	outMu sync.Mutex // the sink takes one batch at a time
 	out   PacketSink
