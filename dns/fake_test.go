@@ -17,6 +17,7 @@ import (
 	"github.com/miekg/dns"
 	"go.uber.org/goleak"
 	"go.uber.org/zap/zaptest"
+	"golang.org/x/sys/unix"
 
 	"github.com/mutex-proxy/mutex/flow"
 )
@@ -28,6 +29,7 @@ type fakeVia struct {
 	name    string
 	noUDP   bool
 	dialErr error
+	sockets bool // TLS needs a connection with a buffer, which net.Pipe has not
 	// serve handles one connection, packet one datagram (nil: silence). The address is the one that was dialed.
 	serve  func(addr flow.Addr, c net.Conn)
 	packet func(addr flow.Addr, query []byte) [][]byte
@@ -56,6 +58,9 @@ func (v *fakeVia) Dial(ctx context.Context, dst flow.Addr) (flow.Conn, error) {
 		return nil, err
 	}
 	near, far := net.Pipe()
+	if v.sockets {
+		near, far = socketpair()
+	}
 	v.wg.Go(func() {
 		defer far.Close()
 		v.serve(dst, far)
@@ -77,6 +82,22 @@ func (v *fakeVia) dialed() int {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	return len(v.dials)
+}
+
+func socketpair() (near, far net.Conn) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		panic(err)
+	}
+	var conns [2]net.Conn
+	for i, fd := range fds {
+		f := os.NewFile(uintptr(fd), "")
+		if conns[i], err = net.FileConn(f); err != nil {
+			panic(err)
+		}
+		f.Close()
+	}
+	return conns[0], conns[1]
 }
 
 type pipeConn struct{ net.Conn }
@@ -242,22 +263,22 @@ func answered(h handler, wire []byte) []byte {
 }
 
 // start builds and starts a Server; at the end of the test it is closed and must have left nothing running.
-func start(t testing.TB, cfg Config) *Server {
-	t.Helper()
+func start(tb testing.TB, cfg Config) *Server {
+	tb.Helper()
 	cfg.Context = "test"
 	if cfg.Log == nil {
-		cfg.Log = zaptest.NewLogger(t)
+		cfg.Log = zaptest.NewLogger(tb)
 	}
 	s, err := New(cfg)
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	if err := s.Start(); err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
-	t.Cleanup(func() {
+	tb.Cleanup(func() {
 		if err := s.Close(); err != nil {
-			t.Error(err)
+			tb.Error(err)
 		}
 	})
 	return s
@@ -269,30 +290,30 @@ func query(name, qtype string) *dns.Msg {
 }
 
 // exchange asks over the network given and returns the parsed reply.
-func exchange(t testing.TB, s *Server, n flow.Network, q *dns.Msg) *dns.Msg {
-	t.Helper()
+func exchange(tb testing.TB, s *Server, n flow.Network, q *dns.Msg) *dns.Msg {
+	tb.Helper()
 	wire, err := q.Pack()
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
-	reply, err := s.Exchange(t.Context(), &flow.Flow{Network: n, Src: netip.MustParseAddrPort("192.0.2.1:4000")}, wire)
+	reply, err := s.Exchange(tb.Context(), &flow.Flow{Network: n, Src: netip.MustParseAddrPort("192.0.2.1:4000")}, wire)
 	if err != nil {
-		t.Fatalf("exchange: %v", err)
+		tb.Fatalf("exchange: %v", err)
 	}
 	m := new(dns.Msg)
 	if err := m.Unpack(reply); err != nil {
-		t.Fatalf("reply: %v", err)
+		tb.Fatalf("reply: %v", err)
 	}
 	if m.Id != q.Id || !m.Response {
-		t.Fatalf("reply has id %d and QR %v, want %d, true", m.Id, m.Response, q.Id)
+		tb.Fatalf("reply has id %d and QR %v, want %d, true", m.Id, m.Response, q.Id)
 	}
 	return m
 }
 
 // ask returns the reply to one query in short: rcode, then the answer's records.
-func ask(t testing.TB, s *Server, name, qtype string) string {
-	t.Helper()
-	return short(exchange(t, s, flow.UDP, query(name, qtype)))
+func ask(tb testing.TB, s *Server, name, qtype string) string {
+	tb.Helper()
+	return short(exchange(tb, s, flow.UDP, query(name, qtype)))
 }
 
 func short(m *dns.Msg) string {

@@ -4,6 +4,7 @@ package dns
 
 import (
 	"encoding/binary"
+	"fmt"
 	"iter"
 	"net/netip"
 	"slices"
@@ -88,8 +89,8 @@ func parse(query []byte, network flow.Network) (*request, int, error) {
 	if _, off, err := dns.UnpackDomainName(query, headerSize); err != nil || off+4 > len(query) {
 		return nil, 0, ErrNotDNS
 	}
-	var m dns.Msg
-	if err := m.Unpack(query); err != nil || len(m.Question) != 1 {
+	m, err := unpack(query)
+	if err != nil || len(m.Question) != 1 {
 		return r, dns.RcodeFormatError, nil
 	}
 	q := m.Question[0]
@@ -119,6 +120,20 @@ func parse(query []byte, network flow.Network) (*request, int, error) {
 		return r, dns.RcodeNotImplemented, nil
 	}
 	return r, dns.RcodeSuccess, nil
+}
+
+// unpack reads a message of at least a header. It is stricter than the library, which takes a message that ends early for a whole one.
+func unpack(wire []byte) (*dns.Msg, error) {
+	m := &dns.Msg{}
+	if err := m.Unpack(wire); err != nil {
+		return nil, fmt.Errorf("%w: %w", errMalformed, err)
+	}
+	for i, have := range []int{len(m.Question), len(m.Answer), len(m.Ns), len(m.Extra)} {
+		if int(binary.BigEndian.Uint16(wire[4+2*i:])) != have {
+			return nil, fmt.Errorf("%w: shorter than it says", errMalformed)
+		}
+	}
+	return m, nil
 }
 
 // reply packs the answer, cut with the TC bit to what the client takes.

@@ -5,7 +5,6 @@ package dns
 import (
 	"encoding/binary"
 	"errors"
-	"fmt"
 	"slices"
 	"strings"
 
@@ -27,9 +26,14 @@ func parseReply(q question, id uint16, wire []byte) (*dns.Msg, error) {
 	if len(wire) < headerSize || binary.BigEndian.Uint16(wire) != id || wire[2]&0x80 == 0 {
 		return nil, errMismatch
 	}
-	m := &dns.Msg{}
-	if err := m.Unpack(wire); err != nil {
-		return nil, fmt.Errorf("%w: %w", errMalformed, err)
+	if wire[2]&2 != 0 { // TC: asked again by TCP. What there is is not used, and may end anywhere
+		if _, off, err := dns.UnpackDomainName(wire, headerSize); err == nil && off+4 <= len(wire) {
+			wire = slices.Concat(wire[:6], make([]byte, 6), wire[headerSize:off+4])
+		}
+	}
+	m, err := unpack(wire)
+	if err != nil {
+		return nil, err
 	}
 	if m.Opcode != dns.OpcodeQuery {
 		return nil, errMismatch
@@ -41,8 +45,8 @@ func parseReply(q question, id uint16, wire []byte) (*dns.Msg, error) {
 		!strings.EqualFold(m.Question[0].Name, q.name) {
 		return nil, errMismatch
 	}
-	if m.Truncated { // asked again by TCP; what is there is not used
-		return &dns.Msg{MsgHdr: m.MsgHdr}, nil
+	if m.Truncated {
+		return m, nil
 	}
 	names := chain(q.name, m.Answer)
 	m.Answer = slices.DeleteFunc(m.Answer, func(rr dns.RR) bool { return !answers(q, rr, names) })

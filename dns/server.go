@@ -155,6 +155,7 @@ func (s *Server) keepLocked(pool *fakePool) {
 
 // Close ends all queries and listeners, stores the mapping and waits for its goroutines. It is idempotent.
 func (s *Server) Close() error {
+	s.end() // before the listeners are closed, so that they know why
 	s.mu.Lock()
 	first := !s.closed
 	s.closed = true
@@ -163,7 +164,6 @@ func (s *Server) Close() error {
 	}
 	file := s.file
 	s.mu.Unlock()
-	s.end()
 	s.profile.Load().close()
 	s.wg.Wait()
 	if first && file != nil {

@@ -175,7 +175,7 @@ func TestHygiene(t *testing.T) {
 		{"no question", pack(func(m *dns.Msg) { m.Question = nil }), "FORMERR"},
 		{"two questions", pack(func(m *dns.Msg) { m.Question = append(m.Question, m.Question[0]) }), "FORMERR"},
 		{"an answer in the query", pack(func(m *dns.Msg) { m.Answer = soa() }), "FORMERR"},
-		{"promised additional", func() []byte { b := slices.Clone(good); b[11] = 1; return b }(), "NOERROR"},
+		{"promised additional", func() []byte { b := slices.Clone(good); b[11] = 1; return b }(), "FORMERR"},
 		{"broken additional", func() []byte { b := slices.Clone(good); b[11] = 1; return append(b, 0, 0) }(), "FORMERR"},
 		{"chaos", pack(func(m *dns.Msg) { m.Question[0].Qclass = dns.ClassCHAOS }), "REFUSED"},
 		{"any class", pack(func(m *dns.Msg) { m.Question[0].Qclass = dns.ClassANY }), "REFUSED"},

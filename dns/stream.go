@@ -27,6 +27,8 @@ const (
 	// serialStrikes: a server that twice closed a connection after its first answer while more questions were waiting does one question
 	// a connection (common before RFC 7766).
 	serialStrikes = 2
+	// maxStray bounds the messages in a row that answer no question: a few are late, more are a server that is none.
+	maxStray = maxInFlight
 	// writeTimeout: a server that does not read for this long is dead; others wait behind the write.
 	writeTimeout = 5 * time.Second
 )
@@ -161,12 +163,19 @@ func (c *stream) run() {
 	c.conn = conn
 	close(c.ready)
 	r := bufio.NewReader(conn)
-	for err == nil {
+	for stray := 0; err == nil; {
 		var wire []byte
-		if err = conn.SetReadDeadline(time.Now().Add(idleTimeout)); err == nil {
-			if wire, err = readMessage(r); err == nil {
-				c.mux.deliver(wire)
-			}
+		if err = conn.SetReadDeadline(time.Now().Add(idleTimeout)); err != nil {
+			break
+		}
+		if wire, err = readMessage(r); err != nil {
+			break
+		}
+		if stray++; c.mux.deliver(wire) {
+			stray = 0
+		}
+		if stray > maxStray {
+			err = errMalformed
 		}
 	}
 	waiting, answered := c.mux.fail(fmt.Errorf("%w: %w", errGone, err))
@@ -250,7 +259,8 @@ func (s *streams) single(ctx context.Context, q question) (*dns.Msg, error) {
 	if _, err := conn.Write(framed(wire)); err != nil {
 		return nil, err
 	}
-	for r := bufio.NewReader(conn); ; {
+	r := bufio.NewReader(conn)
+	for range maxStray {
 		wire, err := readMessage(r)
 		if err != nil {
 			return nil, errors.Join(context.Cause(ctx), err)
@@ -260,6 +270,7 @@ func (s *streams) single(ctx context.Context, q question) (*dns.Msg, error) {
 			return r.msg, r.err
 		}
 	}
+	return nil, errMalformed
 }
 
 // framed puts the length before a message (RFC 1035 section 4.2.2), so that both go in one write (RFC 7766 section 8).
