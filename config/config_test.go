@@ -24,7 +24,7 @@ func testEnv(name string) (string, bool) {
 	return v, ok
 }
 
-// TestGolden: testdata/NAME.json gives NAME.out: the errors, or the normalised configuration and the warnings.
+// TestGolden: testdata/NAME.json gives NAME.golden: the errors, or the normalised configuration and the warnings.
 func TestGolden(t *testing.T) {
 	t.Parallel()
 	inputs, err := filepath.Glob("testdata/*.json")
@@ -52,7 +52,7 @@ func TestGolden(t *testing.T) {
 					got += "warning: " + w.Error() + "\n"
 				}
 			}
-			golden(t, strings.TrimSuffix(in, ".json")+".out", got)
+			golden(t, strings.TrimSuffix(in, ".json")+".golden", got)
 			if strings.Contains(got, "hidden") || strings.Contains(got, "p@ss") || strings.Contains(got, "p%40ss") {
 				t.Error("a secret is printed")
 			}
@@ -409,6 +409,32 @@ func TestFromFlags(t *testing.T) {
 			t.Errorf("%+v: %v", o, err)
 		}
 	}
+}
+
+// TestHugeMistakes: a large file that is nothing but mistakes takes seconds, not hours, and a bounded number of errors.
+func TestHugeMistakes(t *testing.T) {
+	t.Parallel()
+	for name, text := range map[string]string{
+		"unknown":   "{" + strings.Repeat("\"lvl\": 1,\n", 100_000) + "}",
+		"wrong":     `{"upstreams":{"a":{"url":"x"}},"contexts":{"default":{"default":"a","bypass":{"port":[` + strings.Repeat("0,", 200_000) + `]}}}}`,
+		"one line":  `{"log":{` + numbered(50_000, `"k%d":1,`) + `}}`,
+		"contexts":  `{"contexts":{` + numbered(3_000, `"c%d":{},`) + `}}`,
+		"upstreams": `{"upstreams":{` + numbered(3_000, `"u %d":{"url":""},`) + `}}`,
+	} {
+		_, err := Parse(name, []byte(text))
+		var errs Errors
+		if !errors.As(err, &errs) || len(errs) != maxErrors+1 {
+			t.Errorf("%s: %d errors", name, len(errs))
+		}
+	}
+}
+
+func numbered(n int, format string) string {
+	var b strings.Builder
+	for i := range n {
+		fmt.Fprintf(&b, format, i)
+	}
+	return b.String()
 }
 
 func TestEditDistance(t *testing.T) {

@@ -21,6 +21,9 @@ type decoder struct {
 }
 
 func (d *decoder) fail(n *node, path string, err error) {
+	if len(d.errs) > maxErrors {
+		return
+	}
 	line, col := n.src.position(n.off)
 	e := &Error{File: n.src.name, Line: line, Column: col, Path: path, Msg: err.Error()}
 	if h, ok := errors.AsType[*hinted](err); ok {
@@ -104,7 +107,9 @@ func (d *decoder) object(path string, n *node, v reflect.Value) {
 	for i := range n.members {
 		m := &n.members[i]
 		f := byKey[m.key]
-		if f == nil {
+		if f == nil && len(d.errs) > maxErrors {
+			continue
+		} else if f == nil {
 			line, col := m.keySrc.position(m.keyOff)
 			e := &Error{File: m.keySrc.name, Line: line, Column: col, Path: joinKey(path, m.key), Msg: "unknown key", Hint: nearest(m.key, keys)}
 			d.errs = append(d.errs, e)

@@ -90,9 +90,9 @@ func (es Errors) sorted() Errors {
 		return cmp.Or(cmp.Compare(a.File, b.File), cmp.Compare(a.Line, b.Line), cmp.Compare(a.Column, b.Column))
 	})
 	out = slices.CompactFunc(out, func(a, b *Error) bool { return a.Error() == b.Error() })
-	if more := len(out) - maxErrors; more > 0 {
+	if len(out) > maxErrors {
 		last := out[maxErrors]
-		out = append(out[:maxErrors:maxErrors], &Error{File: last.File, Line: last.Line, Column: last.Column, Msg: "and " + strconv.Itoa(more) + " more errors"})
+		out = append(out[:maxErrors:maxErrors], &Error{File: last.File, Line: last.Line, Column: last.Column, Msg: "and more errors"})
 	}
 	return out
 }

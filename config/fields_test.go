@@ -49,7 +49,7 @@ func walkFields(t reflect.Type, prefix string, yield func(string, field) bool) b
 
 // checkDefault decodes a default and checks it against the bounds of its own field.
 func checkDefault(f *field, value string) error {
-	tree, errs := parseTree(&source{name: "default", data: []byte(value)})
+	tree, errs := parseTree(newSource("default", []byte(value)))
 	if len(errs) > 0 {
 		return errs
 	}

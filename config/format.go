@@ -17,7 +17,7 @@ const maxPasses = 4
 // Format returns the text with the layout of `mprox fmt`: comments stay, order stays, only white space changes. Formatting the result
 // again changes nothing. The error is an Errors with positions.
 func Format(data []byte) ([]byte, error) {
-	src := &source{data: data}
+	src := newSource("", data)
 	if root, errs := parseTree(src); root == nil {
 		return nil, errs
 	}

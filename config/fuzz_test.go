@@ -79,8 +79,8 @@ func FuzzFormat(f *testing.F) {
 		if err != nil || !bytes.Equal(once, twice) {
 			t.Fatalf("%v\n%q\nonce  %q\ntwice %q", err, data, once, twice)
 		}
-		a, _ := parseTree(&source{data: data})
-		b, _ := parseTree(&source{data: once})
+		a, _ := parseTree(newSource("", data))
+		b, _ := parseTree(newSource("", once))
 		if a == nil || b == nil || !same(a, b) {
 			t.Fatalf("the meaning changed: %q -> %q", data, once)
 		}
@@ -133,8 +133,8 @@ func FuzzMerge(f *testing.F) {
 	f.Add([]byte(`["a"]`), []byte(`{"a":[null]}`))
 	f.Add([]byte(`{"a":{"b":1}}`), []byte(`{"a":5,"x":{"y":null}}`))
 	f.Fuzz(func(t *testing.T, target, patch []byte) {
-		a, aErrs := parseTree(&source{data: target})
-		b, bErrs := parseTree(&source{data: patch})
+		a, aErrs := parseTree(newSource("", target))
+		b, bErrs := parseTree(newSource("", patch))
 		if a == nil || b == nil || len(aErrs)+len(bErrs) > 0 {
 			return
 		}

@@ -57,7 +57,7 @@ func Parse(name string, data []byte, checks ...Check) (*Config, error) {
 }
 
 func parse(name string, data []byte, getenv func(string) (string, bool), checks []Check) (*Config, error) {
-	tree, errs := parseTree(&source{name: name, data: data})
+	tree, errs := parseTree(newSource(name, data))
 	if tree == nil {
 		return nil, errs
 	}
@@ -102,7 +102,7 @@ func loadTree(path string, modes map[string]fs.FileMode) (*node, Errors) {
 		return nil, Errors{fileError(path, err)}
 	}
 	modes[path] = info.Mode()
-	return parseTree(&source{name: path, data: data})
+	return parseTree(newSource(path, data))
 }
 
 // fileError says what cannot be done with a file, naming the file once.

@@ -5,6 +5,7 @@ package config
 import (
 	"bytes"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"unicode/utf8"
@@ -14,17 +15,29 @@ import (
 
 // source is one file that a configuration was read from.
 type source struct {
-	name string
-	data []byte
+	name  string
+	data  []byte
+	lines []int // offsets of the lines
+}
+
+func newSource(name string, data []byte) *source {
+	s := &source{name: name, data: data, lines: []int{0}}
+	for i, c := range data {
+		if c == '\n' {
+			s.lines = append(s.lines, i+1)
+		}
+	}
+	return s
 }
 
 // position returns line and column, both from 1, of a byte offset. Columns count characters, as editors do.
 func (s *source) position(off int) (line, col int) {
 	off = min(max(off, 0), len(s.data))
-	before := s.data[:off]
-	line = 1 + bytes.Count(before, []byte("\n"))
-	col = 1 + utf8.RuneCount(before[bytes.LastIndexByte(before, '\n')+1:])
-	return line, col
+	line, exact := slices.BinarySearch(s.lines, off)
+	if exact {
+		line++
+	}
+	return line, 1 + utf8.RuneCount(s.data[s.lines[line-1]:off])
 }
 
 // node is a JSON value that knows where it was written. After a merge the nodes of one tree come from several files.
@@ -99,22 +112,20 @@ func syntaxError(src *source, err error) *Error {
 	}
 	_, after, _ := strings.Cut(e.Msg, ": ")
 	_, e.Msg, _ = strings.Cut(after, ": ")
-	if strings.HasPrefix(e.Msg, `invalid literal: "`) {
-		// The literal may be a password: do not repeat it.
+	// hujson repeats the literal, which may be a password.
+	switch literal, found := strings.CutPrefix(e.Msg, "invalid literal: "); {
+	case found && strings.HasPrefix(literal, `"`):
 		e.Msg = "invalid string: a control character or a backslash is not escaped"
+	case found:
+		e.Msg = "invalid literal: not a number, true or false; strings need quotes"
 	}
 	e.Msg = strings.Replace(e.Msg, "unexpected EOF", "unexpected end of file", 1)
 	// hujson counts bytes, and the newline that parseTree has added.
-	off := 0
-	for range line - 1 {
-		i := bytes.IndexByte(src.data[off:], '\n')
-		if i < 0 {
-			off = len(src.data)
-			break
-		}
-		off += i + 1
+	off := len(src.data)
+	if line <= len(src.lines) {
+		off = src.lines[line-1] + col - 1
 	}
-	line, col = src.position(off + col - 1)
+	line, col = src.position(off)
 	e.Line, e.Column = line, col
 	return e
 }
@@ -129,7 +140,9 @@ func build(src *source, v *hujson.Value, path string, errs *Errors) *node {
 			key := literal(m.Name.Value)
 			sub := joinKey(path, key)
 			val := build(src, &m.Value, sub, errs)
-			if first, dup := seen[key]; dup {
+			if first, dup := seen[key]; dup && len(*errs) > maxErrors {
+				continue
+			} else if dup {
 				line, col := src.position(m.Name.StartOffset)
 				firstLine, _ := src.position(first)
 				*errs = append(*errs, &Error{File: src.name, Line: line, Column: col, Path: sub, Msg: fmt.Sprintf("duplicate key, first given in line %d", firstLine)})
@@ -321,7 +334,7 @@ func (n *node) find(path string) (*node, *member) {
 // Locate returns the line and the column, both from 1, of the value at a JSON path such as $.contexts.default.rules[2].port. If there is
 // no such value (a key that is missing), the position is that of its nearest ancestor; 1, 1 if data cannot be parsed at all.
 func Locate(data []byte, jsonPath string) (line, col int) {
-	root, _ := parseTree(&source{data: data})
+	root, _ := parseTree(newSource("", data))
 	if root == nil {
 		return 1, 1
 	}

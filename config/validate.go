@@ -63,15 +63,19 @@ func (es Errors) without(earlier Errors) Errors {
 }
 
 func (v *validator) add(path, format string, args ...any) {
-	v.errs = append(v.errs, v.c.errorAt(path, fmt.Sprintf(format, args...), ""))
+	v.addHint(path, "", format, args...)
 }
 
 func (v *validator) addHint(path, hint, format string, args ...any) {
-	v.errs = append(v.errs, v.c.errorAt(path, fmt.Sprintf(format, args...), hint))
+	if len(v.errs) <= maxErrors {
+		v.errs = append(v.errs, v.c.errorAt(path, fmt.Sprintf(format, args...), hint))
+	}
 }
 
 func (v *validator) addKey(path, format string, args ...any) {
-	v.errs = append(v.errs, v.c.errorAtKey(path, fmt.Sprintf(format, args...), ""))
+	if len(v.errs) <= maxErrors {
+		v.errs = append(v.errs, v.c.errorAtKey(path, fmt.Sprintf(format, args...), ""))
+	}
 }
 
 // name checks the name of an upstream, pool or context: it becomes part of paths, metrics and interface names.
