@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/signal"
 	"path/filepath"
 
 	"github.com/spf13/cobra"
@@ -17,6 +18,8 @@ import (
 	"github.com/mutex-proxy/mutex/config"
 	"github.com/mutex-proxy/mutex/control/client"
 )
+
+var errInterrupted = errors.New("interrupted before the command began")
 
 func newRunCommand(g *globals) *cobra.Command {
 	var r client.LeaseRequest
@@ -64,7 +67,7 @@ func run(ctx context.Context, g *globals, r client.LeaseRequest, argv []string) 
 	lease, err := c.Lease(ctx, r)
 	switch {
 	case err == nil:
-		defer lease.Close()
+		defer func() { _ = lease.Close() }() // the daemon ends it with the connection, whatever Close says
 		dir, err := os.Open(lease.Cgroup)
 		if err != nil {
 			return 0, exitRunFailed, fmt.Errorf("the lease's cgroup: %w", err)
@@ -93,7 +96,7 @@ func runIn(argv []string, cgroup int) (unix.WaitStatus, int, error) {
 }
 
 // runAlone runs the command with an engine in this process: a daemon without contexts, and one lease on it.
-func runAlone(ctx context.Context, g *globals, r client.LeaseRequest, argv []string) (unix.WaitStatus, int, error) {
+func runAlone(ctx context.Context, g *globals, r client.LeaseRequest, argv []string) (ws unix.WaitStatus, code int, err error) {
 	cfg, err := config.Parse("run", []byte("{}"))
 	if err != nil {
 		return 0, exitRunFailed, err
@@ -102,29 +105,39 @@ func runAlone(ctx context.Context, g *globals, r client.LeaseRequest, argv []str
 	if err != nil {
 		return 0, exitRunFailed, err
 	}
+	// Until the command has begun, Ctrl-C is for us: what has been set up so far is undone. From then on it is the command's.
+	setup, begun := signal.NotifyContext(ctx, unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
+	defer begun()
 	socket := filepath.Join(filepath.Dir(g.socketPath()), fmt.Sprintf("run-%d.sock", os.Getpid()))
 	d := daemon.New(daemon.Options{Config: cfg, Socket: socket, Version: version, Log: log})
 	up := make(chan struct{})
 	ended := make(chan error, 1)
 	go func() { ended <- d.Run(ctx, func() { close(up) }) }()
+	defer func() {
+		d.Stop()
+		if stopErr := <-ended; stopErr != nil {
+			log.Error("not everything was undone: run mprox cleanup --socket "+socket, zap.Error(stopErr))
+		}
+	}()
 	select {
 	case err := <-ended:
+		ended <- nil
 		return 0, exitRunFailed, err
+	case <-setup.Done():
+		return 0, exitRunFailed, errInterrupted
 	case <-up:
 	}
-	ws, code, err := leaseAndRun(ctx, d, r, argv)
-	d.Stop()
-	if stopErr := <-ended; stopErr != nil {
-		log.Error("not everything was undone: run mprox cleanup --socket "+socket, zap.Error(stopErr))
-	}
-	return ws, code, err
-}
-
-func leaseAndRun(ctx context.Context, d *daemon.Daemon, r client.LeaseRequest, argv []string) (unix.WaitStatus, int, error) {
-	l, err := d.Lease(ctx, r, os.Getpid())
+	l, err := d.Lease(setup, r, os.Getpid())
 	if err != nil {
 		return 0, exitRunFailed, err
 	}
-	defer l.Close()
+	defer func() {
+		if err := l.Close(); err != nil {
+			log.Error("lease not undone", zap.Error(err))
+		}
+	}()
+	if setup.Err() != nil {
+		return 0, exitRunFailed, errInterrupted
+	}
 	return runIn(argv, l.FD())
 }

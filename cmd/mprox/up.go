@@ -147,7 +147,7 @@ func notify(state string) {
 		return
 	}
 	_, _ = c.Write([]byte(state))
-	c.Close()
+	_ = c.Close()
 }
 
 // monotonic is CLOCK_MONOTONIC in microseconds, as sd_notify(3) wants it.

@@ -181,7 +181,7 @@ func listenBoth(ctx context.Context, n *dialers.Net, addr netip.Addr) (l *net.TC
 		if pc, err = n.ListenUDP(ctx, netip.AddrPortFrom(addr, port)); err == nil {
 			return l, pc, nil
 		}
-		l.Close()
+		_ = l.Close()
 	}
 	return nil, nil, err
 }
@@ -277,7 +277,7 @@ func (c *liveContext) close() {
 		_ = c.stack.Close()
 	}
 	for _, pc := range c.packets {
-		pc.Close()
+		_ = pc.Close()
 	}
 	for _, l := range c.streams {
 		l.Close()

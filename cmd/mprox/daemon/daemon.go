@@ -76,7 +76,9 @@ func New(opt Options) *Daemon {
 	if opt.Log == nil {
 		opt.Log = zap.NewNop()
 	}
+	life, stop := context.WithCancel(context.Background())
 	return &Daemon{
+		life: life, stop: stop,
 		opt: opt, log: opt.Log, started: time.Now(), cfg: opt.Config, digest: opt.Digest,
 		contexts: make(map[string]*liveContext), generation: 1, loadedAt: time.Now(),
 	}
@@ -85,9 +87,9 @@ func New(opt Options) *Daemon {
 // Run starts the daemon, calls ready when it captures, and stops it, undoing what it did, when ctx ends or Stop is called. started gets
 // what went wrong on the way up; nothing is left in the kernel then.
 func (d *Daemon) Run(ctx context.Context, ready func()) (err error) {
-	d.life, d.stop = context.WithCancel(ctx)
-	ctx = d.life
+	defer context.AfterFunc(ctx, d.stop)()
 	defer d.stop()
+	ctx = d.life
 	if err := d.start(ctx); err != nil {
 		return errors.Join(err, d.shutdown(policy.StopOpen))
 	}
@@ -183,7 +185,7 @@ func (d *Daemon) shutdown(mode policy.StopMode) error {
 	return errors.Join(errs...)
 }
 
-// Stop begins an orderly end and returns at once. It may be called after Run has begun.
+// Stop begins an orderly end and returns at once.
 func (d *Daemon) Stop() { d.stop() }
 
 func (d *Daemon) contextEnv(stateDir string) contextEnv {

@@ -16,7 +16,7 @@ import (
 
 // Status implements control.Backend.
 func (b backend) Status(context.Context) control.Status {
-	cfg := b.Daemon.configStatus()
+	cfg := b.configStatus()
 	s := control.Status{
 		Version: b.opt.Version, PID: os.Getpid(), UptimeSeconds: time.Since(b.started).Seconds(), Config: cfg,
 		Contexts: []control.ContextStatus{}, Upstreams: b.upstreamStatus(),

@@ -51,8 +51,7 @@ func clientChecks() []check {
 func blockedChecks() []check {
 	blocked := func(network, addr string) func(context.Context) (string, error) {
 		return func(ctx context.Context) (string, error) {
-			var d net.Dialer
-			c, err := d.DialContext(ctx, network, addr) //nolint:forbidigo // plays an application: it must be captured
+			c, err := dial(ctx, network, addr)
 			if err == nil {
 				_, err = c.Write([]byte("x"))
 				c.Close()
@@ -172,8 +171,7 @@ func errnoCheck(addr string, want ...unix.Errno) func(context.Context) (string, 
 
 // dial opens an application's socket, with the context's deadline on everything that follows.
 func dial(ctx context.Context, network, addr string) (net.Conn, error) {
-	var d net.Dialer
-	c, err := d.DialContext(ctx, network, addr) //nolint:forbidigo // plays an application: it must be captured
+	c, err := new(net.Dialer).DialContext(ctx, network, addr) //nolint:forbidigo // plays an application: it must be captured
 	if err != nil {
 		return nil, err
 	}
@@ -187,8 +185,7 @@ func dial(ctx context.Context, network, addr string) (net.Conn, error) {
 }
 
 func errnoText(err error) string {
-	var e unix.Errno
-	if errors.As(err, &e) {
+	if e, ok := errors.AsType[unix.Errno](err); ok {
 		return unix.ErrnoName(e)
 	}
 	return err.Error()

@@ -69,6 +69,6 @@ func (n *namespace) Close() {
 	n.close.Do(func() {
 		close(n.work)
 		<-n.done
-		n.handle.Close()
+		_ = n.handle.Close()
 	})
 }

@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package daemon
+
+import (
+	"reflect"
+	"strings"
+	"testing"
+
+	"github.com/mutex-proxy/mutex/config"
+	"github.com/mutex-proxy/mutex/dialers"
+	"github.com/mutex-proxy/mutex/routing"
+)
+
+// A condition that the schema has and the conversion forgets would be a rule that matches more than it says.
+func TestMatchConvertsEveryField(t *testing.T) {
+	var m config.Match
+	fill(reflect.ValueOf(&m).Elem(), 2)
+	got := reflect.ValueOf(match(m))
+	for i := range got.NumField() {
+		if got.Field(i).IsZero() {
+			t.Errorf("%s is not converted", got.Type().Field(i).Name)
+		}
+	}
+	if have, want := reflect.TypeFor[config.Match]().NumField(), reflect.TypeFor[routing.Match]().NumField(); have != want {
+		t.Errorf("the schema has %d conditions, the router %d", have, want)
+	}
+}
+
+// fill gives every field a value other than its zero, nested ones down to depth.
+func fill(v reflect.Value, depth int) {
+	switch v.Kind() {
+	case reflect.Struct:
+		for _, f := range v.Fields() {
+			if f.CanSet() {
+				fill(f, depth)
+			}
+		}
+	case reflect.Slice:
+		if depth > 0 {
+			v.Set(reflect.MakeSlice(v.Type(), 1, 1))
+			fill(v.Index(0), depth-1)
+		}
+	case reflect.Pointer:
+		v.Set(reflect.New(v.Type().Elem()))
+	case reflect.String:
+		v.SetString("x")
+	case reflect.Bool:
+		v.SetBool(true)
+	case reflect.Int, reflect.Int64:
+		v.SetInt(7)
+	case reflect.Uint16, reflect.Uint32:
+		v.SetUint(7)
+	}
+}
+
+func TestCheckSaysWhere(t *testing.T) {
+	text := `{
+  "upstreams": {
+    "good": { "url": "socks5h://192.0.2.1:1080" },
+    "bad":  { "url": "gopher://192.0.2.1" }
+  },
+  "contexts": { "default": { "default": "good" } }
+}`
+	_, err := config.Parse("test.json", []byte(text), Check)
+	if err == nil || !strings.Contains(err.Error(), "test.json:4:") || !strings.Contains(err.Error(), "$.upstreams.bad.url") {
+		t.Errorf("got %v, want the position of the bad url", err)
+	}
+}
+
+func TestCheckRefusesKeysWithoutCode(t *testing.T) {
+	for _, tt := range []struct{ name, context, path string }{
+		{"gateway", `"mode": "gateway"`, "$.contexts.default.mode"},
+		{"select", `"mode": "cgroup", "select": { "uid": 1000 }`, "$.contexts.default.select"},
+		{"exclude", `"exclude": { "exe": "/usr/sbin/sshd" }`, "$.contexts.default.exclude"},
+		{"reset", `"existing": "reset"`, "$.contexts.default.existing"},
+		{"bandwidth", `"limits": { "bandwidth": "1mbit" }`, "$.contexts.default.limits.bandwidth"},
+		{"open on crash", `"on_crash": "open"`, "$.contexts.default.on_crash"},
+		{"rule", `"rules": { "geoip": "de", "upstream": "direct" }`, "$.contexts.default.rules[0].geoip"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			text := `{ "upstreams": { "p": { "url": "socks5h://192.0.2.1" } }, "contexts": { "default": { "default": "p", ` + tt.context + ` } } }`
+			_, err := config.Parse("test.json", []byte(text), Check)
+			if err == nil || !strings.Contains(err.Error(), tt.path) || !strings.Contains(err.Error(), "not supported yet") {
+				t.Errorf("got %v, want %s: not supported yet", err, tt.path)
+			}
+		})
+	}
+}
+
+func TestReloadKeepsUnchangedUpstreams(t *testing.T) {
+	parse := func(second string) *config.Config {
+		t.Helper()
+		cfg, err := config.Parse("test.json", []byte(`{
+			"upstreams": { "a": { "url": "socks5h://192.0.2.1" }, "b": { "url": "`+second+`" } },
+			"pools": { "p": { "members": ["a", "b"] }, "q": { "members": ["a", "p"] } },
+			"contexts": { "default": { "default": "q" } } }`), Check)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return cfg
+	}
+	net := dialers.NewNet(dialers.NetConfig{})
+	old, err := buildUpstreams(parse("http://192.0.2.2"), net, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	same, err := buildUpstreams(parse("http://192.0.2.2"), net, old)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, d := range old.dialers {
+		if same.dialers[name] != d {
+			t.Errorf("%s was made anew though nothing changed", name)
+		}
+	}
+	changed, err := buildUpstreams(parse("http://192.0.2.3"), net, old)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]bool{"a": true, "direct": true, "b": false, "p": false, "q": false} {
+		if kept := changed.dialers[name] == old.dialers[name]; kept != want {
+			t.Errorf("%s kept: %v, want %v", name, kept, want)
+		}
+	}
+}
+
+func TestTemplatesPass(t *testing.T) {
+	for _, name := range []string{"minimal", "desktop", "server"} {
+		data, err := config.Template(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := config.Parse(name+".json", data, Check); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
