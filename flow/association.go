@@ -88,7 +88,7 @@ func (s *session) prepare(ctx context.Context, p *peer) {
 	p.e.established(s.h.cfg.Now().Sub(begin))
 	s.mu.Lock()
 	for len(p.held) > 0 && !p.over { // more may come while some are written, and must not overtake
-		held := s.dropHeldLocked(p)
+		held := s.takeHeldLocked(p)
 		s.mu.Unlock()
 		ds, ps := make([]Datagram, len(held)), make([]*peer, len(held))
 		for i, b := range held {
@@ -117,7 +117,7 @@ func (s *session) refuse(p *peer, err error) {
 		reason, pause = ReasonRefused, refusedLong // port unreachable: QUIC falls back to TCP at once
 	}
 	s.mu.Lock()
-	held := s.dropHeldLocked(p)
+	held := s.takeHeldLocked(p)
 	p.preparing = false
 	s.preparing--
 	p.refused, p.reason, p.retry = true, reason, s.h.cfg.Now().Add(pause)

@@ -53,6 +53,7 @@ type Handler struct {
 	rules   atomic.Pointer[ruleSet]
 	dials   chan struct{} // held while an upstream is being asked
 	queries chan struct{} // held while a DNS query is being answered
+	held    atomic.Int64  // bytes of datagrams that wait for an association or a name
 	buffers *bufferPool
 	echo    echoCache
 

@@ -89,7 +89,7 @@ func (s *session) end(p *peer, result string, cause error) {
 	if s.peers[p.dst] == p {
 		delete(s.peers, p.dst)
 	}
-	s.dropHeldLocked(p)
+	s.takeHeldLocked(p)
 	unused := s.detachLocked(p)
 	s.mu.Unlock()
 	closeConn(unused)
@@ -98,10 +98,12 @@ func (s *session) end(p *peer, result string, cause error) {
 	e.finish()
 }
 
-func (s *session) dropHeldLocked(p *peer) [][]byte {
+// takeHeldLocked returns the datagrams that have waited with the flow, and counts them as waiting no longer.
+func (s *session) takeHeldLocked(p *peer) [][]byte {
 	held := p.held
 	for _, b := range held {
 		s.held -= len(b)
+		s.h.held.Add(-int64(len(b)))
 	}
 	p.held = nil
 	return held

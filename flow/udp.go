@@ -25,9 +25,10 @@ const (
 	maxPeers = 4096
 	// maxPreparing bounds the destinations of one socket that wait for an association or a name.
 	maxPreparing = 64
-	// maxHeld and maxHeldBytes bound the datagrams that wait with one destination, and with one socket.
-	maxHeld      = 16
-	maxHeldBytes = 256 << 10
+	// maxHeld, maxHeldBytes and maxAllHeldBytes bound the datagrams that wait with one destination, one socket, and all sockets of a context.
+	maxHeld         = 16
+	maxHeldBytes    = 256 << 10
+	maxAllHeldBytes = 32 << 20
 	// refusedFor is how long an upstream that could not open an association is not asked again by this socket, refusedLong the same for
 	// one that carries no UDP at all. Datagrams are answered with an ICMP error meanwhile.
 	refusedFor  = time.Second
@@ -178,11 +179,15 @@ func (s *session) peer(ctx context.Context, dst netip.AddrPort, rules *ruleSet, 
 		return p
 	}
 	if p != nil {
-		if !stale && s.stillHolds(p, rules) {
-			p.rules = rules
-			return p
+		result := ResultOK
+		if !stale {
+			if s.stillHolds(p, rules) {
+				p.rules = rules
+				return p
+			}
+			result = ResultReloaded
 		}
-		s.end(p, ResultOK, nil)
+		s.end(p, result, nil)
 	}
 	return s.open(ctx, dst, now)
 }
@@ -212,7 +217,7 @@ func (s *session) open(ctx context.Context, dst netip.AddrPort, now time.Time) *
 	if err != nil {
 		e.decide(f, Decision{Rule: ruleUnmapped})
 		e.outcome(ResultFailed, err)
-		p.refused, p.reason, p.retry = true, ReasonHostUnreachable, now.Add(refusedFor)
+		p.idle, p.refused, p.reason, p.retry = refusedFor, true, ReasonHostUnreachable, now.Add(refusedFor)
 		return s.insert(ctx, p, e, func() {}, now)
 	}
 	d := s.h.decide(f, e)
@@ -303,11 +308,17 @@ func (s *session) route(ctx context.Context, p *peer, d *Datagram, now time.Time
 
 // holdLocked keeps a datagram until its flow can send, and sees to it that somebody makes that happen.
 func (s *session) holdLocked(ctx context.Context, p *peer, buf []byte) {
-	if !p.preparing && s.preparing >= maxPreparing || len(p.held) >= maxHeld || s.held+len(buf) > maxHeldBytes {
+	size := len(buf)
+	if !p.preparing && s.preparing >= maxPreparing || len(p.held) >= maxHeld || s.held+size > maxHeldBytes {
 		s.h.table.drop(dropQueueFull, 1)
 		return
 	}
-	s.held += len(buf)
+	if s.h.held.Add(int64(size)) > maxAllHeldBytes {
+		s.h.held.Add(-int64(size))
+		s.h.table.drop(dropQueueFull, 1)
+		return
+	}
+	s.held += size
 	p.held = append(p.held, bytes.Clone(buf))
 	if !p.preparing {
 		p.preparing = true

@@ -181,6 +181,30 @@ func TestUDPHeldWhileAssociating(t *testing.T) {
 	})
 }
 
+func TestUDPHeldIsBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		u := startUDP(t, nil)
+		u.via.listen = func(ctx context.Context, _ *Flow) (PacketConn, error) {
+			<-ctx.Done()
+			return nil, ctx.Err()
+		}
+		u.held.Store(maxAllHeldBytes - 70000)
+		u.run()
+		big := strings.Repeat("x", 60000)
+		for i := range 3 {
+			u.send(fmt.Sprintf("192.0.2.%d:1", i), big)
+		}
+		if n := u.table.Stats().Dropped["queue_full"]; n != 2 {
+			t.Errorf("%d dropped, want 2", n)
+		}
+		<-time.After(DefaultDialTimeout)
+		synctest.Wait()
+		if n := u.held.Load(); n != maxAllHeldBytes-70000 {
+			t.Errorf("%d bytes held after the end", n)
+		}
+	})
+}
+
 func TestUDPAssociationTimesOut(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		u := startUDP(t, nil)
@@ -323,6 +347,23 @@ func TestUDPKill(t *testing.T) {
 		}
 		u.send("192.0.2.1:5000", "two")
 		u.wantSent(1, "192.0.2.1:5000 two")
+	})
+}
+
+// A socket ends with what it waits for given back.
+func TestUDPHeldAtShutdown(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		u := startUDP(t, nil)
+		u.via.listen = func(ctx context.Context, _ *Flow) (PacketConn, error) {
+			<-ctx.Done()
+			return nil, ctx.Err()
+		}
+		u.run()
+		u.send("192.0.2.1:1", "x")
+		u.Close()
+		if n := u.held.Load(); n != 0 {
+			t.Errorf("%d bytes held after Close", n)
+		}
 	})
 }
 
