@@ -287,6 +287,37 @@ func TestFakeFileNotWritable(t *testing.T) {
 	}
 }
 
+// After a failed write the mapping goes on in memory, and the file is whole again once it can be written.
+func TestFakeFileDiskFull(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "fakeip.db")
+	core, logs := observer.New(zap.WarnLevel)
+	p := pool(t, "", "")
+	w := &fakeFile{path: path, pool: p, log: zap.New(core), wake: make(chan struct{}, 1)}
+	p.noted = w.note
+	if err := w.write(); err != nil {
+		t.Fatal(err)
+	}
+	w.file.Close() // every write fails from here on
+	for i := range 3 {
+		p.assign(fmt.Sprintf("h%d.example", i))
+		w.flush(nil)
+	}
+	if logs.Len() != 1 || w.file != nil {
+		t.Errorf("%d warnings", logs.Len())
+	}
+	w.retryAt = time.Time{}
+	p.assign("h3.example")
+	w.flush(nil)
+	defer w.file.Close()
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if rs, err := parseFakeFile(bytes.NewReader(b), p); err != nil || len(rs) != 4 {
+		t.Errorf("%d records, %v", len(rs), err)
+	}
+}
+
 func TestFakeFileStaysShort(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "fakeip.db")
 	p := pool(t, "198.51.100.0/26", "")

@@ -10,7 +10,7 @@ import (
 )
 
 // local answers what must not be asked of any server: names that mean this machine or nothing at all (RFC 6761), the reverse zones of the
-// fake ranges, and the questions by which software finds out how to go round its resolver.
+// fake ranges, and the questions by which software finds out how to go round its resolver. served: someone else can answer.
 func (s *Server) local(r *request, host string, served bool) (answer, bool) {
 	noName := answer{rcode: dns.RcodeNameError, ns: soa(), result: resultLocal}
 	noData := answer{ns: soa(), result: resultLocal}
@@ -26,6 +26,8 @@ func (s *Server) local(r *request, host string, served bool) (answer, bool) {
 		return noName, true
 	case below(host, "resolver.arpa"): // RFC 9462: which encrypted resolvers are there?
 		return noData, true
+	case host == "ipv4only.arpa": // RFC 8880 section 7.1: an AAAA would mean that there is a NAT64 here
+		return r.addresses([]netip.Addr{netip.AddrFrom4([4]byte{192, 0, 0, 170}), netip.AddrFrom4([4]byte{192, 0, 0, 171})}, hostsTTL, resultLocal), true
 	case below(host, "local") && !served: // multicast DNS only (RFC 6762 section 22.1)
 		return noName, true
 	case !below(host, "arpa"):

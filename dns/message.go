@@ -168,7 +168,7 @@ func (r *request) reply(a answer) []byte {
 	return r.header(dns.RcodeServerFailure)
 }
 
-// header is the shortest reply there is: for refusals where the question is not known, and for answers that cannot be packed.
+// header is the shortest reply there is, for answers that cannot be packed.
 func (r *request) header(rcode int) []byte {
 	b := make([]byte, headerSize)
 	binary.BigEndian.PutUint16(b, r.id)

@@ -45,7 +45,8 @@ type profile struct {
 	cache   *cache
 	now     func() time.Time
 
-	life context.Context // of the connections, which outlive the query that opened them: it ends with the profile
+	// life is that of the connections, which outlive the query that opened them. It begins when the profile is put to use.
+	life context.Context
 	end  context.CancelFunc
 	wg   sync.WaitGroup // calls and connections
 
@@ -67,13 +68,12 @@ type call struct {
 	err  error
 }
 
-// newProfile checks a configuration and builds what it needs, for no longer than life. All errors are reported at once.
-func newProfile(life context.Context, cfg *Config, now func() time.Time) (*profile, error) {
+// newProfile checks a configuration and builds what it needs. All errors are reported at once.
+func newProfile(cfg *Config, now func() time.Time) (*profile, error) {
 	p := &profile{
 		mode: cfg.Mode, hosts: make(map[string][]netip.Addr, len(cfg.Hosts)), rules: newMatcher(), exclude: newMatcher(),
 		named: map[string]bool{}, cache: newCache(cfg.Cache), now: now, calls: map[question]*call{},
 	}
-	p.life, p.end = context.WithCancel(life)
 	var errs []error
 	fail := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
 	if cfg.Mode > ModeOff {
@@ -135,7 +135,6 @@ func newProfile(life context.Context, cfg *Config, now func() time.Time) (*profi
 		p.actions = append(p.actions, action{r.Block, servers(fmt.Sprintf("rules[%d].servers", i), urls, via)})
 	}
 	if len(errs) > 0 {
-		p.end()
 		return nil, fmt.Errorf("dns: %w", errors.Join(errs...))
 	}
 	return p, nil

@@ -95,13 +95,12 @@ func (s *Server) Prepare(cfg Config) (commit func(), err error) {
 			return nil, fmt.Errorf("dns: the fake ranges are fixed at start: have %s and %s, want %s and %s", pool.v4, pool.v6, fresh.v4, fresh.v6)
 		}
 	}
-	p, err := newProfile(s.life, &cfg, s.now)
+	p, err := newProfile(&cfg, s.now)
 	if err != nil {
 		return nil, err
 	}
 	for _, srv := range p.all {
 		if pool != nil && pool.contains(srv.addr.IP) {
-			p.end()
 			return nil, fmt.Errorf("dns: server %s lies in the fake range", srv.target)
 		}
 	}
@@ -112,9 +111,9 @@ func (s *Server) commit(p *profile, pool *fakePool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
-		p.end()
 		return
 	}
+	p.life, p.end = context.WithCancel(s.life)
 	if pool != nil && s.fake.Load() == nil {
 		if s.started {
 			s.keepLocked(pool)
@@ -225,10 +224,10 @@ func (s *Server) answer(ctx context.Context, r *request) answer {
 	if act.block {
 		return answer{rcode: dns.RcodeNameError, ns: soa(), ede: dns.ExtendedErrorCodeBlocked, text: "blocked by rule", result: resultBlock}
 	}
-	if a, ok := s.local(r, host, len(act.servers) > 0); ok {
+	faked := p.mode == ModeFakeIP && p.exclude.match(host) < 0
+	if a, ok := s.local(r, host, faked || len(act.servers) > 0); ok {
 		return a
 	}
-	faked := p.mode == ModeFakeIP && p.exclude.match(host) < 0
 	if faked {
 		switch r.qtype {
 		case dns.TypeA, dns.TypeAAAA:

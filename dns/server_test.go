@@ -86,6 +86,8 @@ func TestExchange(t *testing.T) {
 		{"invalid", base(ModeFakeIP), "a.invalid A", "NXDOMAIN", 0},
 		{"the browser's question", base(ModeFakeIP), "use-application-dns.net A", "NXDOMAIN", 0},
 		{"the resolver's resolvers", base(ModeReal), "_dns.resolver.arpa SVCB", "NOERROR", 0},
+		{"is there a NAT64", base(ModeFakeIP), "ipv4only.arpa AAAA", "NOERROR", 0},
+		{"multicast names are faked if not excluded", func() Config { c := without(ModeFakeIP); c.Fake.Exclude = []string{}; return c }(), "printer.local A", "NOERROR; printer.local. 1 IN A 198.18.0.16", 0},
 		{"ANY", base(ModeFakeIP), "real.example ANY", `NOERROR; real.example. 1 IN HINFO "RFC8482" ""`, 0},
 		{"transfer", base(ModeReal), "real.example AXFR", "NOTIMP", 0},
 		{"reverse of an unmapped fake IP", base(ModeFakeIP), "9.9.18.198.in-addr.arpa PTR", "NXDOMAIN", 0},
@@ -280,6 +282,29 @@ func TestFakeReverse(t *testing.T) {
 	}
 	if _, _, ok := s.HostOf(addr("198.18.9.9")); ok || !s.IsFake(addr("198.18.9.9")) || !s.IsFake(addr("::ffff:198.18.9.9")) {
 		t.Error("an unmapped fake IP has a name or is not fake")
+	}
+}
+
+// When flows hold every address, a new name gets none, and not one that means something else.
+func TestFakesExhausted(t *testing.T) {
+	s := start(t, Config{Fake: FakeConfig{V4: netip.MustParsePrefix("198.51.100.8/29")}})
+	var held []netip.Addr
+	for i := range 6 {
+		m := exchange(t, s, flow.UDP, query(fmt.Sprintf("h%d.example", i), "AAAA"))
+		for ip := range addresses(m.Answer[0]) {
+			held = append(held, ip)
+			s.Hold(ip)
+		}
+	}
+	if got := ask(t, s, "new.example", "A"); got != "SERVFAIL" {
+		t.Error(got)
+	}
+	s.Release(held[3])
+	if got := ask(t, s, "new.example", "A"); got != "NOERROR; new.example. 1 IN A 198.51.100.12" {
+		t.Error(got)
+	}
+	if host, _, _ := s.HostOf(held[2]); host != "h2.example" {
+		t.Error(host)
 	}
 }
 
