@@ -279,7 +279,7 @@ func (m *Manager) adoptLocked(old journal, spec Spec) error {
 	}
 	m.journal.Sysctls, m.journal.Cgroups, m.journal.Moved = maps.Clone(old.Sysctls), old.Cgroups, old.Moved
 	// Conntrack has been watching since: what it does not know now is no server's connection.
-	m.base.Sockets, m.journal.Sockets, m.observed = old.Sockets, old.Sockets, true
+	m.base.Sockets, m.journal.Sockets, m.observed = old.Sockets, old.Sockets, len(old.Contexts) > 0
 	m.journal.Contexts = old.Contexts
 	for _, c := range old.Contexts {
 		if c.Mode == ModeGlobal || !m.populated(c.Cgroups) {

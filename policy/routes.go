@@ -166,20 +166,26 @@ func uplinkAddr(s Spec, snap Snapshot, v6 bool) netip.Addr {
 	for _, l := range snap.Links {
 		names[l.Index] = l.Name
 	}
-	var other netip.Addr
+	// The kernel prefers the gateway's subnet (IPv4), and an address of the destination's kind, so a global one (IPv6, RFC 6724 rule 6).
+	var best netip.Addr
+	bestScore := 0
 	for _, a := range snap.Addrs {
 		ip := a.Prefix.Addr()
 		if a.Unusable || ip.Is6() != v6 || ip.IsLoopback() || ownDevice(s, names[a.Link]) {
 			continue
 		}
+		score := 1
 		if ok && names[a.Link] == up.Dev {
-			return ip
+			score += 4
 		}
-		if !other.IsValid() {
-			other = ip
+		if v6 && !ip.IsPrivate() || !v6 && up.Via.IsValid() && a.Prefix.Contains(up.Via) {
+			score += 2
+		}
+		if score > bestScore {
+			best, bestScore = ip, score
 		}
 	}
-	return other
+	return best
 }
 
 func ownDevice(s Spec, name string) bool {

@@ -1,0 +1,462 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package policy
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	vnl "github.com/vishvananda/netlink"
+	"go.uber.org/zap/zaptest"
+	"golang.org/x/sys/unix"
+)
+
+// The lab: a client namespace, which the test's thread is in, and a far one that everything not captured arrives in.
+//
+//	client c0 10.9.0.2/24, 2001:db8:9::2/64, fd09::2/64 ──── c1 .1 far, which also is 198.51.100.1, 2001:db8:ff::1
+var (
+	client4 = netip.MustParseAddr("10.9.0.2")
+	client6 = netip.MustParseAddr("2001:db8:9::2")
+	lan4    = netip.MustParseAddr("10.9.0.1")
+	lan6    = netip.MustParseAddr("fd09::1")
+	remote4 = netip.MustParseAddr("198.51.100.1")
+	remote6 = netip.MustParseAddr("2001:db8:ff::1")
+)
+
+type lab struct {
+	t       *testing.T
+	dir     string
+	client  *os.File
+	far     *os.File
+	host    *LinuxHost
+	m       *Manager
+	tun     *os.File
+	tunSeen *seen
+	farSeen *seen
+}
+
+// seen collects packets, as `proto src > dst:port`.
+type seen struct {
+	mu   sync.Mutex
+	all  []string
+	wake chan struct{}
+}
+
+func newSeen() *seen { return &seen{wake: make(chan struct{}, 1)} }
+
+func (s *seen) add(p string) {
+	s.mu.Lock()
+	s.all = append(s.all, p)
+	s.mu.Unlock()
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
+}
+
+func (s *seen) list() []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return append([]string(nil), s.all...)
+}
+
+func (s *seen) reset() {
+	s.mu.Lock()
+	s.all = nil
+	s.mu.Unlock()
+}
+
+func (s *seen) has(sub string) bool {
+	for _, p := range s.list() {
+		if strings.Contains(p, sub) {
+			return true
+		}
+	}
+	return false
+}
+
+// await waits until a packet with sub has been seen.
+func (s *seen) await(t *testing.T, sub string) {
+	t.Helper()
+	for deadline := time.After(3 * time.Second); !s.has(sub); {
+		select {
+		case <-s.wake:
+		case <-deadline:
+			t.Fatalf("no packet %q; seen:\n%s", sub, strings.Join(s.list(), "\n"))
+		}
+	}
+}
+
+// requireRoot skips without root, and fails where root must be there.
+func requireRoot(t *testing.T) {
+	t.Helper()
+	if os.Geteuid() == 0 {
+		return
+	}
+	if os.Getenv("CI") == "true" {
+		t.Fatal("this test needs root")
+	}
+	t.Skip("this test needs root")
+}
+
+func newNetns(t *testing.T) *os.File {
+	t.Helper()
+	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Open("/proc/thread-self/ns/net")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	return f
+}
+
+// newLab leaves the test's goroutine on a locked thread in the client namespace.
+func newLab(t *testing.T) *lab {
+	t.Helper()
+	requireRoot(t)
+	runtime.LockOSThread()
+	orig, err := os.Open("/proc/thread-self/ns/net")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Setns(int(orig.Fd()), unix.CLONE_NEWNET); err == nil {
+			runtime.UnlockOSThread()
+		}
+		orig.Close()
+	})
+	l := &lab{t: t, dir: t.TempDir(), farSeen: newSeen(), tunSeen: newSeen()}
+	l.far = newNetns(t)
+	l.client = newNetns(t)
+	l.sh("ip link set lo up")
+	veth := &vnl.Veth{LinkAttrs: vnl.LinkAttrs{Name: "c0"}, PeerName: "c1", PeerNamespace: vnl.NsFd(int(l.far.Fd()))}
+	if err := vnl.LinkAdd(veth); err != nil {
+		t.Fatal(err)
+	}
+	l.inFar(func() {
+		l.sh(`ip link set lo up; ip link set c1 up; ip addr add 10.9.0.1/24 dev c1; ip addr add 10.9.0.53/24 dev c1
+			ip addr add 2001:db8:9::1/64 dev c1 nodad; ip addr add fd09::1/64 dev c1 nodad; ip addr add fd09::53/64 dev c1 nodad
+			ip addr add 198.51.100.1/32 dev lo; ip addr add 2001:db8:ff::1/128 dev lo; ip route add default via 10.9.0.2; ip -6 route add default via 2001:db8:9::2`)
+		l.capture("c1")
+	})
+	l.sh(`ip link set c0 up; ip addr add 10.9.0.2/24 dev c0; ip addr add 2001:db8:9::2/64 dev c0 nodad; ip addr add fd09::2/64 dev c0 nodad
+		ip route add default via 10.9.0.1; ip -6 route add default via 2001:db8:9::1`)
+	return l
+}
+
+// start makes host and manager, and gives the namespace as it was.
+func (l *lab) start() (before string) {
+	l.t.Helper()
+	before = l.state()
+	var err error
+	if l.host, err = NewLinuxHost(); err != nil {
+		l.t.Fatal(err)
+	}
+	l.m = NewManager(Config{Host: l.host, Log: zaptest.NewLogger(l.t), LockDir: l.dir})
+	l.t.Cleanup(func() {
+		if l.m != nil {
+			_ = l.m.Close(context.Background(), StopOpen)
+		}
+		l.host.Close()
+	})
+	return before
+}
+
+func (l *lab) spec(mode Mode) Spec {
+	s := Spec{Instance: InstanceFor(filepath.Join(l.dir, "mprox.sock")), Contexts: []ContextSpec{{Name: "default", Mode: mode, Fake: []netip.Prefix{
+		netip.MustParsePrefix("198.18.0.0/15"), netip.MustParsePrefix("fd4d:5554:4558::/64"),
+	}}}}
+	return s.withDefaults()
+}
+
+// up goes all the way for a global context.
+func (l *lab) up(change ...func(*ContextSpec)) (before string, spec Spec) {
+	l.t.Helper()
+	before = l.start()
+	spec = l.spec(ModeGlobal)
+	for _, f := range change {
+		f(&spec.Contexts[0])
+	}
+	if err := l.m.Prepare(l.t.Context(), spec); err != nil {
+		l.t.Fatal(err)
+	}
+	l.openTUN("mprox0")
+	spec.Contexts[0].TUN = "mprox0"
+	if err := l.m.Apply(l.t.Context(), spec); err != nil {
+		l.t.Fatal(err)
+	}
+	return before, spec
+}
+
+// die is kill -9: descriptors close, nothing is undone.
+func (l *lab) die() {
+	l.t.Helper()
+	l.m.stopWatch()
+	l.m.watching.Wait()
+	l.m.locks.slots.Close()
+	for _, f := range []*os.File{l.m.locks.daemon, l.m.locks.journal} {
+		if f != nil {
+			f.Close()
+		}
+	}
+	l.m = nil
+	l.host.Close()
+	if l.tun != nil {
+		l.tun.Close()
+	}
+	l.tun = nil
+	l.awaitState(func(s string) bool { return !strings.Contains(s, "dev mprox0") })
+}
+
+func (l *lab) awaitState(ok func(string) bool) {
+	l.t.Helper()
+	l.await("state", func() bool { return ok(l.state()) })
+}
+
+// await polls a condition of the kernel that brings no event here, for three seconds at most.
+func (l *lab) await(what string, ok func() bool) {
+	l.t.Helper()
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for deadline := time.Now().Add(3 * time.Second); !ok(); <-tick.C {
+		if time.Now().After(deadline) {
+			l.t.Fatalf("timed out: %s\n%s", what, l.state())
+		}
+	}
+}
+
+// sh runs shell commands in the thread's namespace.
+func (l *lab) sh(script string) string {
+	l.t.Helper()
+	out, err := exec.Command("/bin/sh", "-ec", script).CombinedOutput()
+	if err != nil {
+		l.t.Fatalf("%s: %v\n%s", script, err, out)
+	}
+	return string(out)
+}
+
+// state is everything that cleanup must leave as it was.
+func (l *lab) state() string {
+	l.t.Helper()
+	return l.sh(`ip rule; ip -6 rule; ip route show table all; ip -6 route show table all | grep -v '^multicast'; nft list ruleset; ip -o link
+		for f in tcp_fwmark_accept conf/*/src_valid_mark conf/*/rp_filter; do echo $f $(cat /proc/sys/net/ipv4/$f); done`)
+}
+
+func (l *lab) inFar(f func()) {
+	l.t.Helper()
+	if err := unix.Setns(int(l.far.Fd()), unix.CLONE_NEWNET); err != nil {
+		l.t.Fatal(err)
+	}
+	defer func() {
+		if err := unix.Setns(int(l.client.Fd()), unix.CLONE_NEWNET); err != nil {
+			l.t.Error(err)
+		}
+	}()
+	f()
+}
+
+// capture records what arrives at a device, until the test ends.
+func (l *lab) capture(dev string) {
+	l.t.Helper()
+	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, int(htons(unix.ETH_P_ALL)))
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	ifi, err := net.InterfaceByName(dev)
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	if err := unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: htons(unix.ETH_P_ALL), Ifindex: ifi.Index}); err != nil {
+		l.t.Fatal(err)
+	}
+	f := os.NewFile(uintptr(fd), "packet")
+	var wg sync.WaitGroup
+	raw, err := f.SyscallConn()
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	wg.Go(func() {
+		b := make([]byte, 65536)
+		for {
+			var n int
+			var from unix.Sockaddr
+			rerr := raw.Read(func(fd uintptr) bool {
+				n, from, err = unix.Recvfrom(int(fd), b, 0)
+				return !errors.Is(err, unix.EAGAIN)
+			})
+			if rerr != nil || err != nil {
+				return
+			}
+			if ll, ok := from.(*unix.SockaddrLinklayer); ok && ll.Pkttype != unix.PACKET_OUTGOING {
+				l.farSeen.add(describe(b[:n]))
+			}
+		}
+	})
+	l.t.Cleanup(func() { f.Close(); wg.Wait() })
+}
+
+func htons(v uint16) uint16 { return binary.NativeEndian.Uint16(be16(v)) }
+
+// describe names a packet.
+func describe(b []byte) string {
+	if len(b) < 20 {
+		return "other"
+	}
+	var proto uint8
+	var src, dst netip.Addr
+	switch b[0] >> 4 {
+	case 4:
+		proto, src, dst = b[9], netip.AddrFrom4([4]byte(b[12:])), netip.AddrFrom4([4]byte(b[16:]))
+		b = b[(b[0]&15)*4:]
+	case 6:
+		if len(b) < 40 {
+			return "other"
+		}
+		proto, src, dst = b[6], netip.AddrFrom16([16]byte(b[8:])), netip.AddrFrom16([16]byte(b[24:]))
+		b = b[40:]
+	default:
+		return "other"
+	}
+	name := nfProto(proto)
+	if (proto == protoTCP || proto == protoUDP) && len(b) >= 4 {
+		return fmt.Sprintf("%s %s:%d > %s:%d", name, src, binary.BigEndian.Uint16(b), dst, binary.BigEndian.Uint16(b[2:]))
+	}
+	if len(b) > 0 {
+		name = fmt.Sprintf("%s/%d", name, b[0])
+	}
+	return fmt.Sprintf("%s %s > %s", name, src, dst)
+}
+
+// openTUN is the daemon's device, and a goroutine that records what comes out of it.
+func (l *lab) openTUN(name string) {
+	l.t.Helper()
+	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	ifr, err := unix.NewIfreq(name)
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	ifr.SetUint16(unix.IFF_TUN | unix.IFF_NO_PI)
+	if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr); err != nil {
+		l.t.Fatal(err)
+	}
+	f := os.NewFile(uintptr(fd), "tun")
+	l.tun = f
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		b := make([]byte, 65536)
+		for {
+			n, err := f.Read(b)
+			if err != nil {
+				if errors.Is(err, os.ErrClosed) || errors.Is(err, syscall.EBADFD) {
+					return
+				}
+				continue // EIO while the device is down
+			}
+			l.tunSeen.add(describe(b[:n]))
+		}
+	})
+	l.t.Cleanup(func() { f.Close(); wg.Wait() })
+}
+
+// way is one way to send a packet out.
+type way struct {
+	name string
+	want string // how the packet looks when it leaves
+	send func(l *lab) error
+}
+
+func sockaddr(a netip.Addr, port int) unix.Sockaddr {
+	if a.Is4() {
+		return &unix.SockaddrInet4{Addr: a.As4(), Port: port}
+	}
+	return &unix.SockaddrInet6{Addr: a.As16(), Port: port}
+}
+
+func domain(a netip.Addr) int {
+	if a.Is4() {
+		return unix.AF_INET
+	}
+	return unix.AF_INET6
+}
+
+// udp sends one datagram; opts prepare the socket.
+func udp(dst netip.Addr, port int, opts ...func(fd int) error) func(*lab) error {
+	return send(unix.SOCK_DGRAM, 0, dst, port, []byte("x"), opts...)
+}
+
+func send(typ, proto int, dst netip.Addr, port int, payload []byte, opts ...func(fd int) error) func(*lab) error {
+	return func(*lab) error {
+		fd, err := unix.Socket(domain(dst), typ|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, proto)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+		for _, o := range opts {
+			if err := o(fd); err != nil {
+				return err
+			}
+		}
+		if typ == unix.SOCK_STREAM {
+			err = unix.Connect(fd, sockaddr(dst, port))
+			if errors.Is(err, unix.EINPROGRESS) {
+				return nil
+			}
+			return err
+		}
+		return unix.Sendto(fd, payload, 0, sockaddr(dst, port))
+	}
+}
+
+func tcp(dst netip.Addr, port int, opts ...func(fd int) error) func(*lab) error {
+	return send(unix.SOCK_STREAM, 0, dst, port, nil, opts...)
+}
+
+func ping(dst netip.Addr, opts ...func(fd int) error) func(*lab) error {
+	if dst.Is4() {
+		return send(unix.SOCK_RAW, unix.IPPROTO_ICMP, dst, 0, []byte{8, 0, 0xf7, 0xfd, 0, 1, 0, 1}, opts...)
+	}
+	return send(unix.SOCK_RAW, unix.IPPROTO_ICMPV6, dst, 0, []byte{128, 0, 0, 0, 0, 1, 0, 1}, opts...)
+}
+
+func mark(m uint32) func(int) error {
+	return func(fd int) error { return unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, int(m)) }
+}
+
+func device(name string) func(int) error {
+	return func(fd int) error { return unix.BindToDevice(fd, name) }
+}
+
+func unicastIf(name string) func(int) error {
+	return func(fd int) error {
+		ifi, err := net.InterfaceByName(name)
+		if err != nil {
+			return err
+		}
+		idx := binary.NativeEndian.Uint32(binary.BigEndian.AppendUint32(nil, uint32(ifi.Index)))
+		if d, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DOMAIN); err != nil || d == unix.AF_INET6 {
+			const ipv6UnicastIf = 76
+			return errors.Join(err, unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, ipv6UnicastIf, int(idx)))
+		}
+		const ipUnicastIf = 50
+		return unix.SetsockoptInt(fd, unix.IPPROTO_IP, ipUnicastIf, int(idx))
+	}
+}
+
