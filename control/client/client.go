@@ -245,7 +245,7 @@ func get[T any](ctx context.Context, c *Client, path string, query url.Values) (
 	return out, nil
 }
 
-// stream yields the data lines of a stream of server-sent events. Comments (lines that begin with a colon) keep it alive and are skipped.
+// stream yields the events of a stream of server-sent events.
 func stream[T any](ctx context.Context, c *Client, path string, query url.Values) iter.Seq2[T, error] {
 	return func(yield func(T, error) bool) {
 		var zero T
@@ -255,7 +255,26 @@ func stream[T any](ctx context.Context, c *Client, path string, query url.Values
 			return
 		}
 		defer resp.Body.Close()
-		lines := bufio.NewScanner(resp.Body)
+		for v, err := range events[T](resp.Body) {
+			if err != nil {
+				// A daemon that stops ends the stream in order; the caller's own end is no error either.
+				if ctx.Err() == nil {
+					yield(zero, fmt.Errorf("read %s: %w", path, err))
+				}
+				return
+			}
+			if !yield(v, nil) {
+				return
+			}
+		}
+	}
+}
+
+// events decodes the data lines of r. Comments (lines that begin with a colon) keep a stream alive and are skipped.
+func events[T any](r io.Reader) iter.Seq2[T, error] {
+	return func(yield func(T, error) bool) {
+		var zero T
+		lines := bufio.NewScanner(r)
 		lines.Buffer(make([]byte, 0, 4096), maxEvent)
 		for lines.Scan() {
 			data, ok := strings.CutPrefix(lines.Text(), "data:")
@@ -264,16 +283,15 @@ func stream[T any](ctx context.Context, c *Client, path string, query url.Values
 			}
 			var v T
 			if err := json.Unmarshal([]byte(data), &v); err != nil {
-				yield(zero, fmt.Errorf("decode event of %s: %w", path, err))
+				yield(zero, fmt.Errorf("decode event: %w", err))
 				return
 			}
 			if !yield(v, nil) {
 				return
 			}
 		}
-		// A daemon that stops ends the stream in order; the caller's own end is no error either.
-		if err := lines.Err(); err != nil && ctx.Err() == nil {
-			yield(zero, fmt.Errorf("read %s: %w", path, err))
+		if err := lines.Err(); err != nil {
+			yield(zero, err)
 		}
 	}
 }
