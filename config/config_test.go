@@ -437,6 +437,14 @@ func numbered(n int, format string) string {
 	return b.String()
 }
 
+func TestOnRequest(t *testing.T) {
+	t.Parallel()
+	c := OnRequest()
+	if len(c.Contexts) != 0 || c.Kernel.MarkMask != 0xff000000 || c.Control.Group != "mprox" {
+		t.Errorf("%+v: want no context and the defaults", c)
+	}
+}
+
 func TestEditDistance(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {

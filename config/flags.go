@@ -69,6 +69,15 @@ func FromFlags(o OneLiner, checks ...Check) (*Config, error) {
 	return nil, errs
 }
 
+// OnRequest returns the configuration of a daemon that captures nothing until it is asked for a lease: every default and no context,
+// which a file must have.
+func OnRequest() *Config {
+	tree, _ := parseTree(newSource("", []byte("{}")))
+	c, _ := decode(tree, func(string) (string, bool) { return "", false })
+	c.tree, c.flags = nil, true
+	return c
+}
+
 // document is the configuration file that says the same as the flags.
 func (o OneLiner) document(names []string) map[string]any {
 	// The shell has expanded what it should: ${ is text here.
