@@ -97,10 +97,6 @@ func runIn(argv []string, cgroup int) (unix.WaitStatus, int, error) {
 
 // runAlone runs the command with an engine in this process: a daemon without contexts, and one lease on it.
 func runAlone(ctx context.Context, g *globals, r client.LeaseRequest, argv []string) (ws unix.WaitStatus, code int, err error) {
-	cfg, err := config.Parse("run", []byte("{}"))
-	if err != nil {
-		return 0, exitRunFailed, err
-	}
 	log, err := g.logger(config.Log{Level: "warn", Format: "text"})
 	if err != nil {
 		return 0, exitRunFailed, err
@@ -109,7 +105,7 @@ func runAlone(ctx context.Context, g *globals, r client.LeaseRequest, argv []str
 	setup, begun := signal.NotifyContext(ctx, unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
 	defer begun()
 	socket := filepath.Join(filepath.Dir(g.socketPath()), fmt.Sprintf("run-%d.sock", os.Getpid()))
-	d := daemon.New(daemon.Options{Config: cfg, Socket: socket, Version: version, Log: log})
+	d := daemon.New(daemon.Options{Config: config.OnRequest(), Socket: socket, Version: version, Log: log})
 	up := make(chan struct{})
 	ended := make(chan error, 1)
 	go func() { ended <- d.Run(ctx, func() { close(up) }) }()

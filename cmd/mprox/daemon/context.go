@@ -50,6 +50,7 @@ type liveContext struct {
 	rules atomic.Pointer[routing.Table]
 
 	device  *tun.Device
+	gone    bool // the device is about to go: the kernel is told first, or it would be seen as a fault and repaired
 	stack   *stack.Stack
 	packets []net.PacketConn
 	streams []net.Listener
@@ -196,10 +197,17 @@ func (c *liveContext) spec() policy.ContextSpec {
 		DNSPort4: c.ports[0], DNSPort6: c.ports[1], DNSOff: c.cfg.DNS.Mode == "off",
 		Cgroups: slices.Clone(c.cgroups), OnStop: onEnd(c.cfg.OnStop), OnCrash: onEnd(c.cfg.OnCrash),
 	}
-	if c.device != nil {
+	if c.device != nil && !c.gone {
 		s.TUN = c.device.Name()
 	}
 	return s
+}
+
+// detach takes the device out of the next plan: what is captured is unreachable from then on.
+func (c *liveContext) detach() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.gone = true
 }
 
 // setConfig changes what spec says. Rules and DNS have their own ways.

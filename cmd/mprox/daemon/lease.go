@@ -154,8 +154,9 @@ func (l *Lease) Close() error {
 	l.once.Do(func() {
 		defer close(l.done)
 		if !l.joined {
+			_ = l.c.handler.Close() // never fails
+			l.err = l.apply(l.c.detach)
 			l.c.close()
-			l.err = l.apply(func() {})
 		}
 		l.d.leftovers.Go(func() { l.outlive() })
 	})
