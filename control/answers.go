@@ -190,9 +190,6 @@ func postReload(c *call) (any, error) {
 		return nil, err
 	}
 	err := c.cfg.Backend.Reload(c.ctx)
-	if c.cfg.Metrics != nil {
-		c.cfg.Metrics.Reloaded(err == nil, c.now())
-	}
 	e := Event{Kind: "reload", UID: int64(c.peer.UID), Message: "applied"}
 	if err != nil {
 		e.Message = "refused: " + toError(err).Error()

@@ -17,6 +17,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/mutex-proxy/mutex/config"
 	"github.com/mutex-proxy/mutex/control/client"
 )
 
@@ -134,6 +135,9 @@ func postLease(c *call) error {
 	}
 	defer c.leases.release(held)
 	lease, err := c.cfg.Backend.Lease(c.ctx, r, c.peer)
+	if es, ok := errors.AsType[config.Errors](err); ok {
+		return badRequest(es[0].Path, "%s", es[0].Msg) // it is the request that is wrong, not the daemon's configuration
+	}
 	if err != nil {
 		return err
 	}

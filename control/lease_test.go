@@ -8,6 +8,7 @@ import (
 	"os"
 	"testing"
 
+	"github.com/mutex-proxy/mutex/config"
 	"github.com/mutex-proxy/mutex/control/client"
 )
 
@@ -102,5 +103,9 @@ func TestLeaseRefusedByTheBackend(t *testing.T) {
 	d.LeaseErr = &client.Error{Code: client.CodeConflict, Message: "no mark is free", Path: ""}
 	if _, err := d.client.Lease(t.Context(), client.LeaseRequest{Context: "default"}); client.Code(err) != client.CodeConflict {
 		t.Errorf("got %v, want a conflict", err)
+	}
+	d.LeaseErr = config.Errors{{Path: "--proxy", Msg: "unknown scheme"}}
+	if _, err := d.client.Lease(t.Context(), client.LeaseRequest{Proxies: []string{"gopher://x"}}); client.Code(err) != client.CodeBadRequest {
+		t.Errorf("got %v, want a bad request", err)
 	}
 }

@@ -84,7 +84,7 @@ type descs struct {
 	reloadOK, reloadAt, restored, guardDropped, buildInformation *prometheus.Desc
 }
 
-// NewMetrics returns the metrics of a daemon of the given version. The configuration it started with counts as its first reload.
+// NewMetrics returns the metrics of a daemon of the given version. The configuration it is starting with counts as applied now.
 func NewMetrics(source Source, version string) (*Metrics, error) {
 	d := func(name, help string, labels ...string) *prometheus.Desc {
 		return prometheus.NewDesc("mprox_"+name, help, labels, nil)
@@ -94,6 +94,8 @@ func NewMetrics(source Source, version string) (*Metrics, error) {
 		registry: prometheus.NewRegistry(),
 		connect:  make(map[string]*connectTimes),
 		errors:   make(map[string]map[flow.Reason]uint64),
+		reloadOK: true,
+		reloadAt: time.Now(),
 		desc: descs{
 			flows:          d("flows_total", "Flows that have ended, by how.", "context", "network", "upstream", "result"),
 			flowsActive:    d("flows_active", "Flows alive now.", "context", "network"),
@@ -171,7 +173,7 @@ func (m *Metrics) nameLocked(upstream string) string {
 	return "other"
 }
 
-// Reloaded notes the outcome of loading a configuration, the one at start included.
+// Reloaded notes the outcome of a reload, whoever asked for it.
 func (m *Metrics) Reloaded(ok bool, at time.Time) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
