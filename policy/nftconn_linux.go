@@ -33,7 +33,8 @@ const (
 // for an acknowledgement of every message, which a plan of 100 contexts overflows.
 type nftConn struct {
 	mu    sync.Mutex
-	batch *netlink.Conn // kept open: tables with the owner flag belong to it
+	batch *netlink.Conn   // kept open: tables with the owner flag belong to it
+	owned map[string]bool // the tables that do; bounded by the tables of a plan
 	dump  *netlink.Conn
 }
 
@@ -59,7 +60,7 @@ func newNFTConn(netns int) (*nftConn, error) {
 		batch.Close()
 		return nil, err
 	}
-	return &nftConn{batch: batch, dump: dump}, nil
+	return &nftConn{batch: batch, dump: dump, owned: make(map[string]bool)}, nil
 }
 
 func (n *nftConn) Close() error { return errors.Join(n.batch.Close(), n.dump.Close()) }
@@ -67,8 +68,15 @@ func (n *nftConn) Close() error { return errors.Join(n.batch.Close(), n.dump.Clo
 // apply replaces and removes tables in one transaction.
 func (n *nftConn) apply(replace []NFTable, remove []string) error {
 	var msgs []netlink.Message
+	n.mu.Lock()
+	defer n.mu.Unlock()
 	for _, name := range remove {
-		msgs = append(msgs, tableMsg(unix.NFT_MSG_NEWTABLE, name, 0), tableMsg(unix.NFT_MSG_DELTABLE, name, 0))
+		// Created if it is missing, so that it can be deleted. The kernel refuses to "create" one of ours with other flags than it has.
+		flags := uint32(0)
+		if n.owned[name] {
+			flags = tableFlagOwner
+		}
+		msgs = append(msgs, tableMsg(unix.NFT_MSG_NEWTABLE, name, flags), tableMsg(unix.NFT_MSG_DELTABLE, name, 0))
 	}
 	for _, t := range replace {
 		m, err := tableMsgs(t)
@@ -80,9 +88,18 @@ func (n *nftConn) apply(replace []NFTable, remove []string) error {
 	if len(msgs) == 0 {
 		return nil
 	}
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	return n.transactLocked(msgs)
+	if err := n.transactLocked(msgs); err != nil {
+		return err
+	}
+	for _, name := range remove {
+		delete(n.owned, name)
+	}
+	for _, t := range replace {
+		if t.owner {
+			n.owned[t.Name] = true
+		}
+	}
+	return nil
 }
 
 // probe finds out whether the kernel can make a table, in a transaction that leaves nothing.
