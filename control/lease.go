@@ -135,7 +135,7 @@ func postLease(c *call) error {
 	}
 	defer c.leases.release(held)
 	lease, err := c.cfg.Backend.Lease(c.ctx, r, c.peer)
-	if es, ok := errors.AsType[config.Errors](err); ok {
+	if es, ok := errors.AsType[config.Errors](err); ok && len(es) > 0 {
 		return badRequest(es[0].Path, "%s", es[0].Msg) // it is the request that is wrong, not the daemon's configuration
 	}
 	if err != nil {
