@@ -7,6 +7,7 @@ import (
 	"os"
 	"runtime"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -88,6 +89,7 @@ func (n *Namespace) Configure(d *tun.Device, addrs ...netip.Prefix) {
 			if err != nil {
 				n.tb.Errorf("address %s: %v", a, err)
 			}
+			n.awaitLocal(a.Addr())
 		}
 		for _, dst := range []string{"0.0.0.0/0", "::/0"} {
 			ipnet, err := netlink.ParseIPNet(dst)
@@ -99,6 +101,21 @@ func (n *Namespace) Configure(d *tun.Device, addrs ...netip.Prefix) {
 			}
 		}
 	})
+}
+
+// awaitLocal waits until the kernel takes packets for the address: IPv6's are put to use by a work queue, also without duplicate detection.
+func (n *Namespace) awaitLocal(a netip.Addr) {
+	n.tb.Helper()
+	for deadline := time.Now().Add(5 * time.Second); ; runtime.Gosched() {
+		routes, err := netlink.RouteGet(a.AsSlice())
+		if err == nil && len(routes) > 0 && routes[0].Type == unix.RTN_LOCAL {
+			return
+		}
+		if time.Now().After(deadline) {
+			n.tb.Errorf("address %s is not in use: %v", a, err)
+			return
+		}
+	}
 }
 
 func (n *Namespace) up(name string) netlink.Link {
