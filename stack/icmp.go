@@ -56,11 +56,11 @@ func newEchoTable(s *Stack) *echoTable {
 func (t *echoTable) handle(id stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
 	src, dst := addrOf(id.RemoteAddress), addrOf(id.LocalAddress)
 	th := pkt.TransportHeader().Slice()
-	b := make([]byte, len(th)+pkt.Data().Size())
-	copyData(b[copy(b, th):], pkt)
-	if len(b) < echoHeader || b[0] != request(src) || b[1] != 0 {
+	if len(th) < 2 || th[0] != request(src) || th[1] != 0 || len(th)+pkt.Data().Size() < echoHeader {
 		return true // a reply to nothing, or an error that netstack has seen already
 	}
+	b := make([]byte, len(th)+pkt.Data().Size())
+	copyData(b[copy(b, th):], pkt)
 	if icmpSum(b, src, dst) != 0xffff { // netstack has not looked at version 4's yet when it hands over
 		t.s.count.drop(dropChecksum)
 		return true

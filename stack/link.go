@@ -35,9 +35,6 @@ const (
 // in a receive queue to four times its size.
 const copyMax = 16 << 10
 
-// batch is after how many packets the reader pretends to be idle, so that what waits for Idle is not starved by a busy queue.
-const batch = 64
-
 // link is what both NICs share.
 type link struct {
 	dev    *tun.Device
@@ -186,12 +183,10 @@ type reader struct {
 	link             *link
 	trusted, checked *nic
 	udp              func(src, dst netip.AddrPort, payload []byte) // must not keep payload, nor block
-	idle             func()
 
 	view *buffer.View // the read buffer; nil after it went to netstack
 	buf  []byte       // its bytes
 	pkt  packet
-	seen int // packets since the last idle
 }
 
 var _ tun.Receiver = (*reader)(nil)
@@ -219,9 +214,6 @@ func (r *reader) Packet(h *tun.Header, n int) {
 		r.deliver(r.checked, p)
 	case dropped:
 		r.link.count.drop(p.why)
-	}
-	if r.seen++; r.seen == batch {
-		r.Idle()
 	}
 }
 
@@ -261,11 +253,8 @@ func headerView(b []byte) *buffer.View {
 	return v
 }
 
-// Idle passes on what was batched.
-func (r *reader) Idle() {
-	r.seen = 0
-	r.idle()
-}
+// Idle does nothing: no packet waits for another one.
+func (*reader) Idle() {}
 
 // close gives the read buffer back.
 func (r *reader) close() {

@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"net/netip"
 	"sync"
+	"time"
 
 	"go.uber.org/zap"
 	"gvisor.dev/gvisor/pkg/tcpip"
@@ -117,7 +118,7 @@ func (s *Stack) Start() error {
 	}
 	for _, q := range s.cfg.Device.Queues() {
 		s.readers.Go(func() {
-			r := &reader{link: s.link, trusted: trusted, checked: checked, udp: s.udp.receive, idle: func() {}}
+			r := &reader{link: s.link, trusted: trusted, checked: checked, udp: s.udp.receive}
 			defer r.close()
 			if err := q.Receive(r); err != nil && s.ctx.Err() == nil {
 				s.cfg.Log.Error("reading the tun device ended", zap.String("device", s.cfg.Device.Name()), zap.Error(err))
@@ -190,9 +191,33 @@ func (s *Stack) Close() error {
 	s.udp.close()
 	s.echo.close()
 	if s.ns != nil {
-		s.ns.Close() // resets every connection, which ends the relays
-		s.tcp.wg.Wait()
+		s.abortAll()
+		s.ns.Close()
 		s.ns.Wait()
 	}
 	return nil
 }
+
+// abortAll resets every connection, which ends the relays and the handshakes under way, and waits for their goroutines.
+func (s *Stack) abortAll() {
+	ended := make(chan struct{})
+	go func() {
+		s.tcp.wg.Wait()
+		close(ended)
+	}()
+	again := time.NewTicker(abortEvery)
+	defer again.Stop()
+	for {
+		for _, ep := range s.ns.RegisteredEndpoints() {
+			ep.Abort()
+		}
+		select {
+		case <-ended:
+			return
+		case <-again.C: // a request may have been accepted since
+		}
+	}
+}
+
+// abortEvery is how long Close waits before it looks for connections that a Handler has accepted in spite of it.
+const abortEvery = 20 * time.Millisecond

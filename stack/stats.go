@@ -67,8 +67,11 @@ func (s *Stack) Stats() Stats {
 	for d := range numDrops {
 		st.Drops[d.String()] = s.count.drops[d].Load()
 	}
-	if s.ns != nil { // what netstack found wrong with the packets it was given
-		ns := s.ns.Stats()
+	s.mu.Lock()
+	netstack := s.ns
+	s.mu.Unlock()
+	if netstack != nil { // what it found wrong with the packets it was given
+		ns := netstack.Stats()
 		st.Drops["netstack_ip_malformed"] = ns.IP.MalformedPacketsReceived.Value()
 		st.Drops["netstack_ip_fragment"] = ns.IP.MalformedFragmentsReceived.Value()
 		st.Drops["netstack_ip_address"] = ns.IP.InvalidDestinationAddressesReceived.Value() + ns.IP.InvalidSourceAddressesReceived.Value()

@@ -532,6 +532,57 @@ func TestClose(t *testing.T) {
 	}
 }
 
+// TestCloseDuringHandshake: an application that never acknowledges the SYN-ACK does not hold up Close, nor does a late Accept.
+func TestCloseDuringHandshake(t *testing.T) {
+	accepting := make(chan error, 2)
+	begun := make(chan struct{}, 2)
+	s, dev := startStack(t, &handler{tcp: func(ctx context.Context, _, orig netip.AddrPort, p flow.Pending) {
+		begun <- struct{}{}
+		if orig.Port() == 2 {
+			<-ctx.Done()
+		}
+		_, err := p.Accept()
+		accepting <- err
+	}}, true, nil)
+	v := variants()[0]
+	for port := range uint16(2) {
+		sendRaw(t, dev, tun.Header{}, tcp4(v.app(), v.dst(0).Addr(), 1000, 1+port, header.TCPFlagSyn))
+		<-begun
+	}
+	eventually(t, func() bool { return s.Stats().PacketsOut > 0 }) // the SYN-ACK
+	start := time.Now()
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if d := time.Since(start); d > 5*time.Second {
+		t.Errorf("took %v", d)
+	}
+	for range 2 {
+		if err := <-accepting; err == nil {
+			t.Error("accepted")
+		}
+	}
+}
+
+// TestUrgentData: bytes after urgent data arrive, although the count of queued bytes stops before it.
+func TestUrgentData(t *testing.T) {
+	to := origin(t, func(c *net.TCPConn) {
+		_, _ = c.Write([]byte("ab"))
+		raw, _ := c.SyscallConn()
+		_ = raw.Control(func(fd uintptr) { _ = unix.Sendto(int(fd), []byte("!"), unix.MSG_OOB, nil) })
+		_, _ = c.Write([]byte("cd"))
+	})
+	_, dev := startStack(t, &handler{tcp: relayTo(t, to, nil)}, true, nil)
+	a := startApp(t, variants()[0], dev)
+	c, err := a.dial(t, 80)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b, err := io.ReadAll(c); err != nil || string(b) != "abcd" {
+		t.Fatalf("%q, %v", b, err)
+	}
+}
+
 func TestBufferSize(t *testing.T) {
 	total := int64(0)
 	for n := range int64(2048) {

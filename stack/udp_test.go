@@ -357,7 +357,7 @@ func TestUDPAllocations(t *testing.T) {
 		src := netip.AddrPortFrom(v.app(), 1)
 		u := &udpSession{t: s.udp, src: src, wake: make(chan struct{}, 1)}
 		s.udp.sessions[src] = u
-		r := &reader{link: s.link, udp: s.udp.receive, idle: func() {}}
+		r := &reader{link: s.link, udp: s.udp.receive}
 		wire := udpPacket(src, v.dst(53), randomBytes(1200))
 		ds := []flow.Datagram{{}}
 		buf := make([]byte, 2048)
