@@ -40,15 +40,37 @@ removes whatever a crash has left behind, as "mprox cleanup" does.`,
 }
 
 func newCleanupCommand(g *globals) *cobra.Command {
-	return &cobra.Command{
+	var survivors bool
+	cmd := &cobra.Command{
 		Use:   "cleanup",
 		Short: "Remove what a crashed daemon has left behind",
 		Long: `Removes, without a daemon, the rules, routes, nftables, cgroups and settings that a killed daemon has left in this network namespace, and so
 lets the traffic it had captured go again. Does nothing to an instance whose daemon lives. It is what ExecStopPost= of a service runs.`,
 		Example: examples("sudo mprox cleanup", "sudo mprox cleanup --socket /run/mprox/other.sock"),
 		Args:    cobra.NoArgs,
-		RunE:    func(cmd *cobra.Command, _ []string) error { return cleanupAll(cmd, g) },
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if survivors {
+				return cleanupAfterSurvivors(cmd.Context(), policy.InstanceFor(g.socketPath()))
+			}
+			return cleanupAll(cmd, g)
+		},
 	}
+	cmd.Flags().BoolVar(&survivors, "survivors", false, "wait until the last captured process has ended, then clean up after this instance alone")
+	return cmd
+}
+
+// cleanupAfterSurvivors is what an ended `mprox run` leaves behind when its command has left processes behind.
+func cleanupAfterSurvivors(ctx context.Context, in policy.Instance) error {
+	host, err := policy.NewLinuxHost()
+	if err != nil {
+		return err
+	}
+	cfg := policy.Config{Host: host}
+	err = policy.WaitSurvivors(ctx, cfg, in)
+	if err == nil {
+		_, err = policy.Cleanup(ctx, cfg, in)
+	}
+	return errors.Join(err, host.Close())
 }
 
 // cleanupAll cleans up after the instance of the socket, and after the engines of `mprox run` beside it.

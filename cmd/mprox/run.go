@@ -7,8 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"syscall"
 
 	"github.com/spf13/cobra"
 	"go.uber.org/zap"
@@ -17,6 +19,7 @@ import (
 	"github.com/mutex-proxy/mutex/cmd/mprox/daemon"
 	"github.com/mutex-proxy/mutex/config"
 	"github.com/mutex-proxy/mutex/control/client"
+	"github.com/mutex-proxy/mutex/policy"
 )
 
 var errInterrupted = errors.New("interrupted before the command began")
@@ -114,6 +117,9 @@ func runAlone(ctx context.Context, g *globals, r client.LeaseRequest, argv []str
 		if stopErr := <-ended; stopErr != nil {
 			log.Error("not everything was undone: run mprox cleanup --socket "+socket, zap.Error(stopErr))
 		}
+		if err := leaveReaper(socket); err != nil {
+			log.Error("when the last process has ended, run mprox cleanup --socket "+socket, zap.Error(err))
+		}
 	}()
 	select {
 	case err := <-ended:
@@ -136,4 +142,22 @@ func runAlone(ctx context.Context, g *globals, r client.LeaseRequest, argv []str
 		return 0, exitRunFailed, errInterrupted
 	}
 	return runIn(argv, l.FD())
+}
+
+// leaveReaper starts a process that waits for what the command has left running, and then removes the marks and the guard that block it.
+// There is none when nothing is left: then the journal has gone with the engine.
+func leaveReaper(socket string) error {
+	if _, err := os.Stat(policy.InstanceFor(socket).Journal); err != nil {
+		return nil // the journal was the last thing to go
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	cmd := exec.Command(self, "cleanup", "--survivors", "--socket", socket) //nolint:noctx // it outlives us on purpose
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	return cmd.Process.Release()
 }
