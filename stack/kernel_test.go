@@ -356,3 +356,58 @@ func TestKernelReset(t *testing.T) {
 		t.Logf("%+v", k.s.Stats())
 	}
 }
+
+// TestKernelConnections opens, uses and closes many connections: all succeed, and nothing of them is left.
+func TestKernelConnections(t *testing.T) {
+	const workers, each = 32, 50
+	k := startKernel(t, &handler{tcp: func(_ context.Context, _, _ netip.AddrPort, p flow.Pending) {
+		c, err := p.Accept()
+		if err != nil {
+			t.Errorf("accept: %v", err)
+			return
+		}
+		defer c.Close()
+		b := make([]byte, 64)
+		if _, err := io.ReadFull(c, b); err == nil {
+			_, _ = c.Write(b)
+			_, _ = c.Read(b) // the end
+		}
+	}}, tun.Config{Name: "mprox0"})
+	start := time.Now()
+	for range each {
+		var round [workers]net.Conn
+		k.Do(func() { // dialling is bound to the namespace's thread, using is not
+			for i := range round {
+				c, err := net.DialTimeout("tcp", variants()[i%2].dst(80).String(), wait)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				_ = c.SetDeadline(time.Now().Add(wait))
+				round[i] = c
+			}
+		})
+		var wg sync.WaitGroup
+		for _, c := range round {
+			if c == nil {
+				continue
+			}
+			wg.Go(func() {
+				defer c.Close()
+				b := make([]byte, 64)
+				if _, err := c.Write(b); err != nil {
+					t.Error(err)
+				}
+				if _, err := io.ReadFull(c, b); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		wg.Wait()
+	}
+	t.Logf("%.0f connections a second", workers*each/time.Since(start).Seconds())
+	eventually(t, func() bool {
+		st := k.s.Stats()
+		return st.OpenTCP == 0 && st.PendingTCP == 0 && len(k.s.ns.RegisteredEndpoints()) == 0 && len(k.s.ns.CleanupEndpoints()) == 0
+	})
+}
