@@ -124,6 +124,15 @@ func (n *NS) hold(dir string, m Mounts) error {
 // Path is the file of the network namespace.
 func (n *NS) Path() string { return filepath.Join(netnsDir, n.Name) }
 
+// inode is the number by which the kernel names the network namespace.
+func (n *NS) inode() string {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(n.file.Fd()), &st); err != nil {
+		return n.Name
+	}
+	return strconv.FormatUint(st.Ino, 10)
+}
+
 // close ends every process in the namespace and removes it.
 func (n *NS) close() error {
 	killIn(n.Name)

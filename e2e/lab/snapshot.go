@@ -22,7 +22,7 @@ type Snapshot map[string][]string
 var volatileSysctl = regexp.MustCompile(`^(net/netfilter/nf_conntrack_count|net/ipv6/conf/[^/]+/stable_secret|net/unix/|net/ipv[46]/route/flush|net/netfilter/nf_log/)`)
 
 // Snapshot reads the state of the client's kernel: links, addresses, rules, routes of all tables, nftables, sysctls; and of the machine:
-// cgroups and BPF pins that bear the program's name.
+// cgroups and BPF pins of the client's namespace.
 func (l *Lab) Snapshot(t *testing.T) Snapshot {
 	t.Helper()
 	s := Snapshot{}
@@ -59,8 +59,10 @@ func (l *Lab) Snapshot(t *testing.T) Snapshot {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s["cgroup"] = named(cgroupRoot(), "mprox")
-	s["bpf"] = named("/sys/fs/bpf", "")
+	// Machine-wide objects carry the identity of the namespace that they act on: others' labs must not count.
+	id := l.Client.inode()
+	s["cgroup"] = named(cgroupRoot(), id)
+	s["bpf"] = named("/sys/fs/bpf", id)
 	s["bpf-attached"] = attached()
 	slices.Sort(s["link"])
 	return s
@@ -93,7 +95,7 @@ func named(root, name string) []string {
 		if err != nil || path == root {
 			return nil //nolint:nilerr // cgroups come and go
 		}
-		if strings.Contains(d.Name(), name) && (d.IsDir() || name == "") {
+		if strings.Contains(d.Name(), name) {
 			out = append(out, path)
 		}
 		return nil
