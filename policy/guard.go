@@ -255,9 +255,10 @@ func (g *guard) contextGuard(c ContextSpec) []nfChain {
 
 // redirect leads port 53 over loopback to our listeners: no ip rule can, the table `local` is asked before them all.
 func (g *guard) redirect() (NFTable, bool) {
-	nat := nfChain{name: "dns", typ: "nat", hook: "output", priority: prioNAT, rules: []nfRule{
-		rule(stIface{out: true, name: "lo", not: true}, ret()),
-	}}
+	nat := nfChain{name: "dns", typ: "nat", hook: "output", priority: prioNAT}
+	// A packet that nftables has marked is routed again, but that look-up knows no ports (ip_route_me_harder): the DNS rules do not match, and
+	// a resolver on the LAN would be direct, so dropped. Without BPF all of the marked contexts' DNS is therefore redirected.
+	loopback := stIface{out: true, name: "lo"}
 	if g.global {
 		nat.rules = append(nat.rules,
 			rule(g.mark(false, BypassMark(g.spec.Mask)), ret()),
@@ -269,6 +270,10 @@ func (g *guard) redirect() (NFTable, bool) {
 		if c.Mode != ModeGlobal {
 			who = append(who, g.mark(false, ContextMark(g.spec.Mask, c.Slot)))
 		}
+		where := slices.Clone(who)
+		if c.Mode == ModeGlobal || g.snap.Features.BPFSockMark {
+			where = append(where, loopback)
+		}
 		for _, v6 := range []bool{false, true} {
 			port := c.DNSPort4
 			if v6 {
@@ -279,7 +284,7 @@ func (g *guard) redirect() (NFTable, bool) {
 			}
 			found = true
 			for _, proto := range []uint8{protoUDP, protoTCP} {
-				nat.rules = append(nat.rules, append(slices.Clone(who), stFamily{v6}, stProto{proto}, stPort{port: 53}, stDNAT{port}))
+				nat.rules = append(nat.rules, append(slices.Clone(where), stFamily{v6}, stProto{proto}, stPort{port: 53}, stDNAT{port}))
 			}
 		}
 		if len(who) > 0 {
