@@ -46,7 +46,7 @@ const (
 // actions of routing, not upstreams.
 func New(name string, s Spec, n *Net) (flow.Dialer, error) {
 	if s.UDP == UDPOverTCP {
-		return nil, fmt.Errorf("upstream %s: udp=over-tcp is not supported yet", name)
+		return nil, fmt.Errorf("upstream %s: udp=over-tcp: %w", name, flow.ErrNotSupported)
 	}
 	switch s.Scheme {
 	case SchemeDirect:
@@ -55,13 +55,13 @@ func New(name string, s Spec, n *Net) (flow.Dialer, error) {
 		return newSOCKS5(name, s, n), nil
 	case SchemeHTTP, SchemeHTTPS:
 		if s.Auth == "digest" {
-			return nil, fmt.Errorf("upstream %s: auth=digest is not supported yet", name)
+			return nil, fmt.Errorf("upstream %s: auth=digest: %w", name, flow.ErrNotSupported)
 		}
 		return newHTTP(name, s, n), nil
 	case SchemeReject, SchemeDrop:
 		return nil, fmt.Errorf("upstream %s: %s is an action, not a server to dial", name, s.Scheme)
 	}
-	return nil, fmt.Errorf("upstream %s: %s:// is not supported yet", name, s.Scheme)
+	return nil, fmt.Errorf("upstream %s: %s://: %w", name, s.Scheme, flow.ErrNotSupported)
 }
 
 // upstream is what all proxies have in common: a server, its address, counters.

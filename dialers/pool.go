@@ -81,7 +81,7 @@ func NewPool(name, strategy string, members []flow.Dialer, cfg PoolConfig) (flow
 		strategy = RoundRobin
 	}
 	if strategy != RoundRobin && strategy != Failover {
-		return nil, fmt.Errorf("pool %s: strategy %q is not supported yet: use %s or %s", name, strategy, RoundRobin, Failover)
+		return nil, fmt.Errorf("pool %s: strategy %s: %w: use %s or %s", name, strategy, flow.ErrNotSupported, RoundRobin, Failover)
 	}
 	if cfg.Retry == 0 {
 		cfg.Retry = defaultRetry

@@ -62,6 +62,8 @@ var (
 	// ErrUpstream: the upstream itself is at fault (down, wrong credentials, protocol error). It outranks the cause it wraps: a proxy that
 	// refuses connections must not look like a destination that does.
 	ErrUpstream = errors.New("upstream failed")
+	// ErrNotSupported: a valid configuration asks for what no code does yet. Refusing is safe, ignoring is not.
+	ErrNotSupported = errors.New("not supported yet")
 	// ErrNoServers: dns has no servers configured, so it cannot resolve.
 	ErrNoServers = errors.New("no dns servers configured")
 )

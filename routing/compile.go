@@ -16,9 +16,6 @@ import (
 // maxNesting bounds and/or/not, so that evaluation has a bounded stack.
 const maxNesting = 16
 
-// errUnsupported is what a key gets that the schema knows and this router does not: ignoring it would send flows somewhere else.
-var errUnsupported = errors.New("not supported yet")
-
 // compiler turns Matches into matchSets and collects what is wrong.
 type compiler struct {
 	in    *Input
@@ -70,7 +67,8 @@ func (c *compiler) unsupported(path string, m *Match) {
 		{"protocol", len(m.Protocol) > 0 && !c.in.Sniff},
 	} {
 		if k.given {
-			c.fail(path+"."+k.key, errUnsupported)
+			// Ignoring it would send flows somewhere else.
+			c.fail(path+"."+k.key, flow.ErrNotSupported)
 		}
 	}
 }

@@ -3,6 +3,7 @@
 package daemon
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"maps"
@@ -21,9 +22,6 @@ import (
 	"github.com/mutex-proxy/mutex/routing"
 )
 
-// errUnsupported is what a key gets that the schema knows and no code does yet.
-var errUnsupported = errors.New("not supported yet")
-
 // direct is the built-in upstream that dials without a proxy.
 const direct = "direct"
 
@@ -39,13 +37,10 @@ type upstreams struct {
 func Check(cfg *config.Config) []*config.Error {
 	ups, err := buildUpstreams(cfg, dialers.NewNet(dialers.NetConfig{}), nil)
 	errs := locate(cfg, err)
-	if err != nil {
-		return errs
-	}
-	errs = append(errs, locate(cfg, supportedPools(cfg))...)
+	errs = append(errs, locate(cfg, supportedElsewhere(cfg))...)
 	for _, name := range slices.Sorted(maps.Keys(cfg.Contexts)) {
-		_, err := buildDNS(cfg, name, ups, dnsEnv{log: zap.NewNop()})
-		errs = append(errs, locate(cfg, err)...)
+		_, err := dns.New(buildDNS(cfg, name, ups, nil, dnsEnv{log: zap.NewNop()}))
+		errs = append(errs, locate(cfg, atDNS(name, err))...)
 		_, err = buildRules(cfg, name, ups, nil)
 		errs = append(errs, locate(cfg, err)...)
 		errs = append(errs, locate(cfg, supported(cfg, name))...)
@@ -60,7 +55,7 @@ func supported(cfg *config.Config, name string) error {
 	var errs []error
 	refuse := func(given bool, key string) {
 		if given {
-			errs = append(errs, &routing.PathError{Path: path + "." + key, Err: errUnsupported})
+			errs = append(errs, &routing.PathError{Path: path + "." + key, Err: flow.ErrNotSupported})
 		}
 	}
 	refuse(c.Mode == "gateway" || c.Mode == "process", "mode")
@@ -74,21 +69,29 @@ func supported(cfg *config.Config, name string) error {
 	return errors.Join(errs...)
 }
 
-func supportedPools(cfg *config.Config) error {
+// supportedElsewhere is supported for what is not part of a context.
+func supportedElsewhere(cfg *config.Config) error {
 	var errs []error
+	if len(cfg.Alerts) > 0 {
+		errs = append(errs, &routing.PathError{Path: "$.alerts", Err: flow.ErrNotSupported})
+	}
+	if cfg.Audit.File != "" {
+		errs = append(errs, &routing.PathError{Path: "$.audit.file", Err: flow.ErrNotSupported})
+	}
 	for _, name := range slices.Sorted(maps.Keys(cfg.Pools)) {
 		p, path := cfg.Pools[name], configPath("pools", name)
 		if p.Health.Target != "" {
-			errs = append(errs, &routing.PathError{Path: path + ".health.target", Err: errUnsupported})
+			errs = append(errs, &routing.PathError{Path: path + ".health.target", Err: flow.ErrNotSupported})
 		}
 		if strings.HasPrefix(p.Hedge, "p") {
-			errs = append(errs, &routing.PathError{Path: path + ".hedge", Err: errUnsupported})
+			errs = append(errs, &routing.PathError{Path: path + ".hedge", Err: flow.ErrNotSupported})
 		}
 	}
 	return errors.Join(errs...)
 }
 
-// buildUpstreams makes the upstreams and pools. What old has that has not changed is kept, with what it has learned and counted.
+// buildUpstreams makes the upstreams and pools. What old has that has not changed is kept, with what it has learned and counted. With an
+// error the result serves only to check the rest of the configuration.
 func buildUpstreams(cfg *config.Config, net *dialers.Net, old *upstreams) (*upstreams, error) {
 	u := &upstreams{cfg: cfg, dialers: make(map[string]flow.Dialer), actions: make(map[string]flow.Action)}
 	var errs config.Errors
@@ -99,6 +102,7 @@ func buildUpstreams(cfg *config.Config, net *dialers.Net, old *upstreams) (*upst
 				path, err = path+".url", ue
 			}
 			errs = append(errs, cfg.ErrorAt(path, err, ""))
+			u.dialers[name] = dialers.NewDirect(name, net) // never used: it lets the rest be checked in the same run
 		}
 	}
 	if _, ok := u.dialers[direct]; !ok {
@@ -108,20 +112,21 @@ func buildUpstreams(cfg *config.Config, net *dialers.Net, old *upstreams) (*upst
 			u.dialers[direct] = dialers.NewDirect(direct, net)
 		}
 	}
-	if len(errs) > 0 {
-		return nil, errs
-	}
 	// Members before the pools they are in: config has made sure that there are no cycles.
 	for len(u.dialers)+len(u.actions) < len(cfg.Upstreams)+len(cfg.Pools)+1 {
 		before := len(u.dialers)
 		for _, name := range slices.Sorted(maps.Keys(cfg.Pools)) {
 			if err := u.addPool(name, old); err != nil {
-				return nil, config.Errors{cfg.ErrorAt(configPath("pools", name), err, "")}
+				errs = append(errs, cfg.ErrorAt(configPath("pools", name), err, ""))
+				u.dialers[name] = dialers.NewDirect(name, net)
 			}
 		}
 		if len(u.dialers) == before {
 			break
 		}
+	}
+	if len(errs) > 0 {
+		return u, errs
 	}
 	return u, nil
 }
@@ -234,18 +239,21 @@ func (u *upstreams) unchangedPool(name string, next *upstreams, members []flow.D
 	return u.dialers[name]
 }
 
-// find returns the dialer of a name that may be a built-in action, which has none.
-func (u *upstreams) find(name string) flow.Dialer { return u.dialers[name] }
+// find returns the dialer of a name, or nil for an action such as reject.
+func (u *upstreams) find(name string, names flow.Names) flow.Dialer {
+	d, ok := u.dialers[name]
+	if !ok {
+		return nil
+	}
+	return dialers.WithNames(d, names)
+}
 
 // buildRules compiles a context's rules. names resolves for upstreams that take no names; nil only to check.
 func buildRules(cfg *config.Config, name string, u *upstreams, names flow.Names) (*routing.Table, error) {
 	c := cfg.Contexts[name]
-	byName := u.dialers
-	if names != nil {
-		byName = make(map[string]flow.Dialer, len(u.dialers))
-		for k, d := range u.dialers {
-			byName[k] = dialers.WithNames(d, names)
-		}
+	byName := make(map[string]flow.Dialer, len(u.dialers))
+	for k := range u.dialers {
+		byName[k] = u.find(k, names)
 	}
 	in := routing.Input{
 		Context: name, Default: c.Default, DNS: c.DNS.Mode != "off", Upstreams: byName, Actions: u.actions,
@@ -293,37 +301,43 @@ type dnsEnv struct {
 	log      *zap.Logger
 }
 
-// buildDNS returns the configuration of a context's DNS module, checked.
-func buildDNS(cfg *config.Config, name string, u *upstreams, env dnsEnv) (*dns.Config, error) {
+// buildDNS returns the configuration of a context's DNS module. names resolves the servers' own names for upstreams that take none; nil
+// only to check.
+func buildDNS(cfg *config.Config, name string, u *upstreams, names flow.Names, env dnsEnv) dns.Config {
 	c := cfg.Contexts[name].DNS
-	d := &dns.Config{
-		Context: name, Mode: dns.ModeFakeIP, Servers: c.Servers, Hosts: c.Hosts,
+	d := dns.Config{
+		Context: name, Mode: dnsMode(c.Mode), Servers: c.Servers, Hosts: c.Hosts,
 		Fake:  dns.FakeConfig{V4: c.Fake.V4, V6: c.Fake.V6, Exclude: c.Fake.Exclude, Path: fakePath(env.stateDir, name)},
 		Cache: cache(c.Cache),
 		Log:   env.log,
 	}
-	switch c.Mode {
-	case "real":
-		d.Mode = dns.ModeReal
-	case "off":
-		d.Mode = dns.ModeOff
-	}
-	via := c.Via
-	if via == "" {
-		via = cfg.Contexts[name].Default
-	}
-	d.Via = u.find(via)
+	d.Via = u.find(cmp.Or(c.Via, cfg.Contexts[name].Default), names)
 	for _, r := range c.Rules {
 		rule := dns.Rule{Domain: r.Domain, DomainSuffix: r.DomainSuffix, Servers: r.Servers, Block: r.Action == "block"}
 		if r.Via != "" {
-			rule.Via = u.find(r.Via)
+			rule.Via = u.find(r.Via, names)
 		}
 		d.Rules = append(d.Rules, rule)
 	}
-	if _, err := dns.New(*d); err != nil {
-		return nil, &routing.PathError{Path: configPath("contexts", name) + ".dns", Err: err}
+	return d
+}
+
+func dnsMode(s string) dns.Mode {
+	switch s {
+	case "real":
+		return dns.ModeReal
+	case "off":
+		return dns.ModeOff
 	}
-	return d, nil
+	return dns.ModeFakeIP
+}
+
+// atDNS says where an error of the DNS module comes from.
+func atDNS(name string, err error) error {
+	if err == nil {
+		return nil
+	}
+	return &routing.PathError{Path: configPath("contexts", name) + ".dns", Err: err}
 }
 
 func cache(c config.Cache) dns.CacheConfig {

@@ -3,12 +3,14 @@
 package daemon
 
 import (
+	"errors"
 	"reflect"
 	"strings"
 	"testing"
 
 	"github.com/mutex-proxy/mutex/config"
 	"github.com/mutex-proxy/mutex/dialers"
+	"github.com/mutex-proxy/mutex/flow"
 	"github.com/mutex-proxy/mutex/routing"
 )
 
@@ -125,14 +127,38 @@ func TestReloadKeepsUnchangedUpstreams(t *testing.T) {
 	}
 }
 
+func TestCheckFindsEverythingAtOnce(t *testing.T) {
+	text := `{
+  "upstreams": { "bad": { "url": "gopher://192.0.2.1" }, "old": { "url": "socks4://192.0.2.1" } },
+  "pools": { "p": { "members": ["old", "bad"], "strategy": "hash" } },
+  "contexts": { "default": { "default": "p", "rules": [ { "asn": 64496, "upstream": "bad" } ] } }
+}`
+	_, err := config.Parse("test.json", []byte(text), Check)
+	if err == nil {
+		t.Fatal("no error")
+	}
+	for _, want := range []string{"$.upstreams.bad.url", "$.upstreams.old", "$.pools.p", "$.contexts.default.rules[0].asn"} {
+		if !strings.Contains(err.Error(), want+":") {
+			t.Errorf("%s is not among the errors:\n%v", want, err)
+		}
+	}
+}
+
+// Templates may use what is not supported yet, but nothing in them may be wrong.
 func TestTemplatesPass(t *testing.T) {
-	for _, name := range []string{"minimal", "desktop", "server"} {
+	for _, name := range config.TemplateNames() {
 		data, err := config.Template(name)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := config.Parse(name+".json", data, Check); err != nil {
-			t.Errorf("%s: %v", name, err)
+		cfg, err := config.Parse(name+".json", data)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range Check(cfg) {
+			if !errors.Is(e, flow.ErrNotSupported) {
+				t.Errorf("%s: %v", name, e)
+			}
 		}
 	}
 }

@@ -72,14 +72,17 @@ type contextEnv struct {
 func newContext(cfg *config.Config, name string, slot int, ups *upstreams, env contextEnv) (*liveContext, error) {
 	c := &liveContext{name: name, slot: slot, cfg: cfg.Contexts[name], ups: ups, net: env.net}
 	c.log = env.log.With(zap.String("context", name))
-	dcfg, err := buildDNS(cfg, name, ups, dnsEnv{stateDir: env.stateDir, log: c.log})
+	// First without servers: an upstream that takes no names resolves a server's name through the module that is to ask it.
+	base := buildDNS(cfg, name, ups, nil, dnsEnv{stateDir: env.stateDir, log: c.log})
+	base.Servers, base.Rules = nil, nil
+	var err error
+	if c.names, err = dns.New(base); err != nil {
+		return nil, err
+	}
+	ch, err := c.change(cfg, ups, env)
 	if err != nil {
 		return nil, err
 	}
-	if c.names, err = dns.New(*dcfg); err != nil {
-		return nil, err
-	}
-	rules, err := buildRules(cfg, name, ups, c.names)
 	if err != nil {
 		return nil, err
 	}
@@ -89,8 +92,8 @@ func newContext(cfg *config.Config, name string, slot int, ups *upstreams, env c
 	c.handler = flow.NewHandler(flow.HandlerConfig{
 		Context: name, Table: c.table, Names: c.names, DialTimeout: c.cfg.DialTimeout.D(), ICMP: icmpMode(c.cfg.ICMP), Log: c.log,
 	})
-	c.rules.Store(rules)
-	c.handler.SetDecider(rules)
+	ch.commitDNS()
+	c.setRules(ch.rules)
 	return c, nil
 }
 

@@ -150,13 +150,11 @@ func freeSlot(used map[int]bool) (int, error) {
 // change builds what the context gets under a new configuration.
 func (c *liveContext) change(cfg *config.Config, ups *upstreams, env contextEnv) (contextChange, error) {
 	ch := contextChange{c: c, cfg: cfg.Contexts[c.name], old: c.cfg}
-	dcfg, err := buildDNS(cfg, c.name, ups, dnsEnv{stateDir: env.stateDir, log: c.log})
+	commit, err := c.names.Prepare(buildDNS(cfg, c.name, ups, c.names, dnsEnv{stateDir: env.stateDir, log: c.log}))
 	if err != nil {
 		return ch, err
 	}
-	if ch.commitDNS, err = c.names.Prepare(*dcfg); err != nil {
-		return ch, err
-	}
+	ch.commitDNS = commit
 	ch.rules, err = buildRules(cfg, c.name, ups, c.names)
 	return ch, err
 }
