@@ -15,7 +15,6 @@ import (
 	"errors"
 	"io"
 	"math/big"
-
 	"strings"
 	"syscall"
 	"testing"

@@ -53,6 +53,7 @@ func Start(tb testing.TB, steps ...Step) *Server {
 }
 
 func (s *Server) accept(tb testing.TB, steps []Step) {
+	tb.Helper()
 	for {
 		c, err := s.l.AcceptTCP()
 		if err != nil {
