@@ -51,11 +51,8 @@ func copyCSV(ctx context.Context, c *client.Client, w io.Writer) error {
 
 func writeStatus(w io.Writer, st *client.Status) error {
 	fmt.Fprintf(w, "mprox %s, pid %d, up %s\n", printable(st.Version), st.PID, span(st.UptimeSeconds))
-	source := "flags"
-	if st.Config.Path != "" {
-		source = printable(st.Config.Path)
-	}
-	fmt.Fprintf(w, "config  %s, generation %d, loaded %s\n", source, st.Config.Generation, st.Config.LoadedAt.UTC().Format(time.DateTime+" UTC"))
+	// No path means flags, or a caller who is not told.
+	fmt.Fprintf(w, "config  %s, generation %d, loaded %s\n", orDash(st.Config.Path).text, st.Config.Generation, st.Config.LoadedAt.UTC().Format(time.DateTime+" UTC"))
 	guard := "NOT ACTIVE"
 	if st.Guard.Active {
 		guard = "active"
