@@ -149,7 +149,8 @@ func TestInitFmtCheck(t *testing.T) {
 			t.Errorf("init %s: %v", template, r)
 			continue
 		}
-		if r := lab.Local(t, "check", "--config", path); r.Code != 0 {
+		// A template may use what a later version brings, and check says so; nothing else may be wrong.
+		if r := lab.Local(t, "check", "--config", path); r.Code != 0 && lines(r.Stderr) != strings.Count(r.Stderr, "not supported yet") {
 			t.Errorf("check of template %s: %v", template, r)
 		}
 		if r := lab.Local(t, "fmt", "--config", path); r.Code != 0 {

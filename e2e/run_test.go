@@ -16,18 +16,22 @@ import (
 )
 
 // runners returns the ways to run a command through the proxy. The daemon of the second captures nothing by itself.
-func runners(t *testing.T, l *lab.Lab, s *lab.Server) map[string]func() (*lab.Mprox, []string) {
-	t.Helper()
-	return map[string]func() (*lab.Mprox, []string){
-		"alone": func() (*lab.Mprox, []string) { return l.Mprox(t), []string{"run", "--proxy", s.URL(), "--"} },
-		"daemon, context": func() (*lab.Mprox, []string) {
+func runners(l *lab.Lab, s *lab.Server) map[string]func(*testing.T) (*lab.Mprox, []string) {
+	return map[string]func(*testing.T) (*lab.Mprox, []string){
+		"alone": func(t *testing.T) (*lab.Mprox, []string) {
+			t.Helper()
+			return l.Mprox(t), []string{"run", "--proxy", s.URL(), "--"}
+		},
+		"daemon, context": func(t *testing.T) (*lab.Mprox, []string) {
+			t.Helper()
 			m := l.Mprox(t)
-			m.UpConfig(fmt.Sprintf(`{ "upstreams": { "p": { "url": %q } }, "contexts": { "work": { "mode": "process", "default": "p" } } }`, s.URL()))
+			m.UpConfig(fmt.Sprintf(`{ "upstreams": { "p": { "url": %q } }, "contexts": { "work": { "mode": "cgroup", "default": "p" } } }`, s.URL()))
 			return m, []string{"run", "--context", "work", "--"}
 		},
-		"daemon, proxy": func() (*lab.Mprox, []string) {
+		"daemon, proxy": func(t *testing.T) (*lab.Mprox, []string) {
+			t.Helper()
 			m := l.Mprox(t)
-			m.UpConfig(`{ "contexts": { "work": { "mode": "process", "default": "reject" } } }`)
+			m.UpConfig(`{ "contexts": { "work": { "mode": "cgroup", "default": "reject" } } }`)
 			return m, []string{"run", "--proxy", s.URL(), "--"}
 		},
 	}
@@ -38,9 +42,9 @@ func TestRunTree(t *testing.T) {
 	t.Parallel()
 	l := lab.New(t, lab.Options{})
 	s := l.Dante(t, 1080, true)
-	for name, start := range runners(t, l, s) {
+	for name, start := range runners(l, s) {
 		t.Run(name, func(t *testing.T) {
-			m, run := start()
+			m, run := start(t)
 			for what, script := range map[string]string{
 				"command":           `exec curl -sS -m 10 URL`,
 				"child":             `curl -sS -m 10 URL; true`,
@@ -307,9 +311,9 @@ func TestRunLeak(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, start := range runners(t, l, s) {
+	for name, start := range runners(l, s) {
 		t.Run(name, func(t *testing.T) {
-			m, run := start()
+			m, run := start(t)
 			cp := l.Capture(t)
 			r := m.CLI(append(slices.Clone(run), exe...)...)
 			if r.Code != 0 {

@@ -253,6 +253,14 @@ func (n *NS) Output(ctx context.Context, args ...string) (string, error) {
 	return stdout.String(), nil
 }
 
+// Run runs a command in the namespace and fails the test at once when it fails.
+func (n *NS) Run(t *testing.T, args ...string) {
+	t.Helper()
+	if _, err := n.Output(t.Context(), args...); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // Dial opens a connection from the namespace; addr must be a literal address.
 func (n *NS) Dial(network, addr string, timeout time.Duration) (net.Conn, error) {
 	var c net.Conn
