@@ -348,6 +348,9 @@ func TestUDPOptions(t *testing.T) {
 
 // TestUDPAllocations: nothing is allocated for a datagram, in either direction.
 func TestUDPAllocations(t *testing.T) {
+	if race {
+		t.Skip("the race detector allocates")
+	}
 	for _, v := range variants()[:2] {
 		a, _ := tuntest.Pipe(t, tun.DefaultMTU, true)
 		s, err := New(Config{Device: a, Handler: &handler{}})
