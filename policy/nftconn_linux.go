@@ -39,12 +39,18 @@ type nftConn struct {
 }
 
 func newNFTConn(netns int) (*nftConn, error) {
+	// Asked first, since netlink.Dial panics where the kernel does not know the protocol.
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_NETFILTER)
+	if errors.Is(err, unix.EPROTONOSUPPORT) {
+		return nil, fmt.Errorf("%w: nftables: load or build the kernel module nf_tables (CONFIG_NF_TABLES)", ErrFeature)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("netfilter netlink socket: %w", err)
+	}
+	_ = unix.Close(fd)
 	open := func() (*netlink.Conn, error) {
 		c, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{NetNS: netns})
 		if err != nil {
-			if errors.Is(err, unix.EPROTONOSUPPORT) {
-				return nil, fmt.Errorf("%w: nftables: load or build the kernel module nf_tables (CONFIG_NF_TABLES)", ErrFeature)
-			}
 			return nil, fmt.Errorf("netfilter netlink socket: %w", err)
 		}
 		_ = c.SetReadBuffer(nftBuffer) // smaller than wanted is still tried
