@@ -61,9 +61,6 @@ func up(cmd *cobra.Command, g *globals, f upFlags) error {
 	if err != nil {
 		return err
 	}
-	for _, w := range cfg.Warnings() {
-		fmt.Fprintln(cmd.ErrOrStderr(), "warning:", w)
-	}
 	log, err := g.logger(cfg.Log)
 	if err != nil {
 		return err
@@ -76,11 +73,11 @@ func up(cmd *cobra.Command, g *globals, f upFlags) error {
 	}
 	ctx, stop := signal.NotifyContext(cmd.Context(), unix.SIGINT, unix.SIGTERM)
 	defer stop()
-	return serveDaemon(ctx, daemon.New(opt), log)
+	return serveDaemon(ctx, daemon.New(opt), cfg.Warnings(), log)
 }
 
 // serveDaemon runs d, reloads it on SIGHUP and keeps systemd informed.
-func serveDaemon(ctx context.Context, d *daemon.Daemon, log *zap.Logger) error {
+func serveDaemon(ctx context.Context, d *daemon.Daemon, warnings []*config.Error, log *zap.Logger) error {
 	hup := make(chan os.Signal, 1)
 	signal.Notify(hup, unix.SIGHUP)
 	defer signal.Stop(hup)
@@ -103,6 +100,9 @@ func serveDaemon(ctx context.Context, d *daemon.Daemon, log *zap.Logger) error {
 	}()
 	err := d.Run(ctx, func() {
 		notify("READY=1")
+		for _, w := range warnings {
+			log.Warn("configuration: " + w.Error())
+		}
 		log.Info("capturing")
 	})
 	notify("STOPPING=1")
