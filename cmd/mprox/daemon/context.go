@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -73,7 +74,7 @@ func newContext(cfg *config.Config, name string, slot int, ups *upstreams, env c
 	c := &liveContext{name: name, slot: slot, cfg: cfg.Contexts[name], ups: ups, net: env.net}
 	c.log = env.log.With(zap.String("context", name))
 	// First without servers: an upstream that takes no names resolves a server's name through the module that is to ask it.
-	base := buildDNS(cfg, name, ups, nil, dnsEnv{stateDir: env.stateDir, log: c.log})
+	base := buildDNS(cfg, name, ups, nil, dnsEnv{stateDir: env.stateDir, log: env.log})
 	base.Servers, base.Rules = nil, nil
 	var err error
 	if c.names, err = dns.New(base); err != nil {
@@ -198,7 +199,7 @@ func (c *liveContext) spec() policy.ContextSpec {
 		Name: c.name, Mode: policyMode(c.cfg.Mode), Slot: c.slot, MTU: c.cfg.TUN.MTU,
 		Direct: bypassPrefixes(c.cfg.Bypass), Fake: fakePrefixes(c.cfg.DNS.Fake),
 		DNSPort4: c.ports[0], DNSPort6: c.ports[1], DNSOff: c.cfg.DNS.Mode == "off",
-		Cgroups: slices.Clone(c.cgroups), OnStop: onEnd(c.cfg.OnStop), OnCrash: onEnd(c.cfg.OnCrash),
+		Cgroups: slices.Clone(c.cgroups), OnStop: onStop(c.cfg.OnStop), OnCrash: onEnd(c.cfg.OnCrash),
 	}
 	if c.device != nil && !c.gone {
 		s.TUN = c.device.Name()
@@ -255,6 +256,15 @@ func onEnd(s string) policy.OnEnd {
 		return policy.OnEndBlock
 	}
 	return policy.OnEndDefault
+}
+
+// onStop is onEnd with a default of its own: the init of a container blocks, so that restarting it lets nothing of those out who share its
+// network namespace.
+func onStop(s string) policy.OnEnd {
+	if s == "" && os.Getpid() == 1 {
+		return policy.OnEndBlock
+	}
+	return onEnd(s)
 }
 
 // bypassPrefixes are the addresses of `bypass` that the kernel can route directly. Classes such as private are the router's: what they

@@ -150,7 +150,7 @@ func freeSlot(used map[int]bool) (int, error) {
 // change builds what the context gets under a new configuration.
 func (c *liveContext) change(cfg *config.Config, ups *upstreams, env contextEnv) (contextChange, error) {
 	ch := contextChange{c: c, cfg: cfg.Contexts[c.name], old: c.cfg}
-	commit, err := c.names.Prepare(buildDNS(cfg, c.name, ups, c.names, dnsEnv{stateDir: env.stateDir, log: c.log}))
+	commit, err := c.names.Prepare(buildDNS(cfg, c.name, ups, c.names, dnsEnv{stateDir: env.stateDir, log: env.log}))
 	if err != nil {
 		return ch, err
 	}

@@ -97,7 +97,8 @@ func (b backend) Health(context.Context) []control.Check {
 	if !b.ready.Load() {
 		return nil
 	}
-	guard := control.Check{Name: "guard", OK: b.manager.Stats().GuardActive}
+	// Without a context there is nothing to guard.
+	guard := control.Check{Name: "guard", OK: b.manager.Stats().GuardActive || len(b.live()) == 0}
 	if !guard.OK {
 		guard.Message = "the guard is not in the kernel: restart mprox"
 	}
