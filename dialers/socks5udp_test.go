@@ -309,7 +309,7 @@ func TestAssociationAllocates(t *testing.T) {
 			got += n
 		}
 	})
-	if allocs > 0.1 { // a sync.Pool may lose its content to the collector
+	if allocs > 0 && !raceEnabled {
 		t.Errorf("%v allocations for 8 datagrams each way", allocs)
 	}
 }
