@@ -16,7 +16,7 @@ func TestBaseline(t *testing.T) {
 	l := lab.New(t, lab.Options{})
 	for _, a := range []netip.Addr{lab.OriginV4, lab.OriginV6} {
 		tcpBulk(t, l, a)
-		tcpHalfClose(t, l, a)
+		tcpHalfClose(t, l, a, true)
 		tcpBanner(t, l, a)
 		tcpReset(t, l, a)
 		for _, n := range []int{1, 1473, 65497} {

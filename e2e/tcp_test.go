@@ -57,7 +57,7 @@ func TestTCPMatrix(t *testing.T) {
 			for _, a := range []netip.Addr{lab.OriginV4, lab.OriginV6} {
 				fam := map[bool]string{true: "v4", false: "v6"}[a.Is4()]
 				t.Run("bulk "+fam, func(t *testing.T) { tcpBulk(t, l, a) })
-				t.Run("half-close "+fam, func(t *testing.T) { tcpHalfClose(t, l, a) })
+				t.Run("half-close "+fam, func(t *testing.T) { tcpHalfClose(t, l, a, s.HalfClose) })
 				t.Run("banner "+fam, func(t *testing.T) { tcpBanner(t, l, a) })
 				t.Run("reset "+fam, func(t *testing.T) { tcpReset(t, l, a) })
 			}
@@ -93,9 +93,21 @@ func tcpBulk(t *testing.T, l *lab.Lab, a netip.Addr) {
 	t.Logf("%d MB each way in %v: %.2f Gbit/s", bulk/1_000_000, d.Round(time.Millisecond), 2*bulk*8/d.Seconds()/1e9)
 }
 
-// tcpHalfClose ends each direction while the other goes on.
-func tcpHalfClose(t *testing.T, l *lab.Lab, a netip.Addr) {
+// tcpHalfClose ends each direction while the other goes on. Over a server that ends both at once nothing may hang.
+func tcpHalfClose(t *testing.T, l *lab.Lab, a netip.Addr, carried bool) {
 	t.Helper()
+	if !carried {
+		for _, port := range []uint16{lab.PortCount, lab.PortEarlyEnd} {
+			c := dialOrigin(t, l, a, port)
+			_, _ = c.Write(lab.Block(1000))
+			_ = c.CloseWrite()
+			_ = c.SetDeadline(time.Now().Add(10 * time.Second))
+			if _, err := io.ReadAll(c); isTimeout(err) {
+				t.Errorf("port %d: hangs after CloseWrite", port)
+			}
+		}
+		return
+	}
 	// The application ends first and still gets the answer.
 	c := dialOrigin(t, l, a, lab.PortCount)
 	const n = 3_000_000
@@ -223,8 +235,18 @@ func tcpUpstreamKilled(t *testing.T, l *lab.Lab, s *lab.Server) {
 			t.Fatalf("%q %v", line, err)
 		}
 	}
+	// And one with bytes in flight.
+	busy := dialOrigin(t, l, lab.OriginV6, lab.PortHTTP)
+	fmt.Fprint(busy, "GET /bytes/4000000000 HTTP/1.0\r\n\r\n")
+	if _, err := io.CopyN(io.Discard, busy, 10_000_000); err != nil {
+		t.Fatal(err)
+	}
 	_ = syscall.Kill(-s.PID(), syscall.SIGKILL)
 	s.Kill()
+	_ = busy.SetDeadline(time.Now().Add(10 * time.Second))
+	if n, err := io.Copy(io.Discard, busy); n >= 3_900_000_000 || isTimeout(err) {
+		t.Errorf("a transfer whose server was killed: %d bytes more, %v", n, err)
+	}
 	_ = c.SetDeadline(time.Now().Add(10 * time.Second))
 	if n, err := r.Read(make([]byte, 1)); n != 0 || err == nil || isTimeout(err) {
 		t.Errorf("after the server was killed: %d bytes, %v", n, err)
@@ -237,6 +259,9 @@ func tcpUpstreamKilled(t *testing.T, l *lab.Lab, s *lab.Server) {
 			t.Error(err)
 		}
 	})
+	if s.Addr.Addr().IsLoopback() {
+		return // a new ssh would itself be captured before it can be an upstream again
+	}
 	s.Restart()
 	if !lab.Poll(10*time.Second, func() bool { return curl(t, l, originURL(false, "/bytes/10")).Code == 0 }) {
 		t.Error("no connection after the server is back")
@@ -325,10 +350,10 @@ func TestLossyLink(t *testing.T) {
 			s := l.Dante(t, 1080, false)
 			m := l.Mprox(t)
 			m.Up("--proxy", s.URL())
-			if err := lab.Exchange(dialOrigin(t, l, lab.OriginV4, lab.PortSum), 4_000_000); err != nil {
+			if err := lab.Exchange(dialOrigin(t, l, lab.OriginV4, lab.PortSum), 1_000_000); err != nil {
 				t.Error(err)
 			}
-			if err := lab.Exchange(dialOrigin(t, l, lab.OriginV6, lab.PortSum), 4_000_000); err != nil {
+			if err := lab.Exchange(dialOrigin(t, l, lab.OriginV6, lab.PortSum), 1_000_000); err != nil {
 				t.Error(err)
 			}
 		})

@@ -8,6 +8,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"io"
+	"net"
 	"net/netip"
 	"strings"
 	"testing"
@@ -18,9 +19,10 @@ import (
 func TestServers(t *testing.T) {
 	l := New(t, Options{})
 	ca := l.Unbound(t)
-	for _, s := range []*Server{
+	started := []*Server{
 		l.Dante(t, 1080, false), l.Dante(t, 1081, true), l.Microsocks(t, 1082), l.Squid(t, 3128), l.Tinyproxy(t, 8888), l.SSHDynamic(t, 1090),
-	} {
+	}
+	for _, s := range started {
 		for _, target := range []string{"198.51.100.80", "[2001:db8:3::80]", "www.example.test"} {
 			t.Run(s.Name+"/"+target, func(t *testing.T) {
 				l.Origin.Forget()
@@ -34,6 +36,22 @@ func TestServers(t *testing.T) {
 			})
 		}
 	}
+	t.Run("half-close", func(t *testing.T) {
+		for _, s := range started {
+			c, err := s.Connect(l.Client, netip.AddrPortFrom(OriginV4, PortCount))
+			if err != nil {
+				t.Errorf("%s: %v", s.Name, err)
+				continue
+			}
+			defer c.Close()
+			_, _ = c.Write(Block(5000))
+			_ = c.(*net.TCPConn).CloseWrite()
+			b, _ := io.ReadAll(c)
+			if got := string(b) == "5000\n"; got != s.HalfClose {
+				t.Errorf("%s carries half-close: %v, want %v (%q)", s.Name, got, s.HalfClose, b)
+			}
+		}
+	})
 	t.Run("unbound", func(t *testing.T) {
 		for _, args := range [][]string{
 			{"dig", "+short", "@" + OriginV4.String(), "www.example.test"},

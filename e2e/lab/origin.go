@@ -305,13 +305,14 @@ func exchange(c net.Conn, n int64) (got, peer [32]byte, err error) {
 	if _, err = c.Write(got[:]); err != nil {
 		return got, peer, err
 	}
-	if cw, ok := c.(interface{ CloseWrite() error }); ok {
-		_ = cw.CloseWrite()
-	}
+	// Nothing ends before all has arrived: not every server carries half-close.
 	if _, err = io.ReadFull(c, peer[:]); err != nil {
 		return got, peer, err
 	}
-	if k, err := c.Read(make([]byte, 1)); k != 0 || !errors.Is(err, io.EOF) {
+	if cw, ok := c.(interface{ CloseWrite() error }); ok {
+		_ = cw.CloseWrite()
+	}
+	if k, err := c.Read(make([]byte, 1)); k != 0 || err == nil {
 		return got, peer, fmt.Errorf("after the last byte: %d bytes, %w", k, err)
 	}
 	return got, peer, nil

@@ -8,8 +8,10 @@ import (
 	crand "crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/base64"
 	"encoding/pem"
 	"fmt"
+	"io"
 	"math/big"
 	"net"
 	"net/netip"
@@ -37,7 +39,9 @@ type Server struct {
 	Pass   string // of User; "" = the server asks for none
 	UDP    bool   // it carries UDP
 	IPv6   bool   // it reaches IPv6 destinations
-	start  func() *Proc
+	// HalfClose: it carries the end of one direction and keeps the other; TestServers shows which do.
+	HalfClose bool
+	start     func() *Proc
 }
 
 // URL is the proxy URL of the server.
@@ -58,6 +62,64 @@ func (s *Server) URLAs(scheme string) string {
 
 // Restart starts the server anew, after it was killed.
 func (s *Server) Restart() { s.Proc = s.start() }
+
+// Connect opens a connection to dst through the server, from a namespace, by a client of a few lines: to find out what a server does.
+func (s *Server) Connect(n *NS, dst netip.AddrPort) (net.Conn, error) {
+	c, err := n.Dial("tcp", s.Addr.String(), 5*time.Second)
+	if err != nil {
+		return nil, err
+	}
+	_ = c.SetDeadline(time.Now().Add(10 * time.Second))
+	if err := s.handshake(c, dst); err != nil {
+		c.Close()
+		return nil, err
+	}
+	return c, nil
+}
+
+func (s *Server) handshake(c net.Conn, dst netip.AddrPort) error {
+	if s.Scheme == "http" {
+		auth := base64.StdEncoding.EncodeToString([]byte(User + ":" + s.Pass))
+		fmt.Fprintf(c, "CONNECT %s HTTP/1.1\r\nHost: %s\r\nProxy-Authorization: Basic %s\r\n\r\n", dst, dst, auth)
+		head := ""
+		for b := make([]byte, 1); !strings.HasSuffix(head, "\r\n\r\n"); head += string(b) {
+			if _, err := io.ReadFull(c, b); err != nil {
+				return err
+			}
+		}
+		if !strings.Contains(head, " 200 ") {
+			return fmt.Errorf("%s: %q", s.Name, head)
+		}
+		return nil
+	}
+	method, greeting := byte(0), []byte{5, 1, 0}
+	if s.Pass != "" {
+		method, greeting = 2, []byte{5, 1, 2}
+	}
+	b := make([]byte, 64)
+	_, _ = c.Write(greeting)
+	if _, err := io.ReadFull(c, b[:2]); err != nil || b[1] != method {
+		return fmt.Errorf("%s: method %v %w", s.Name, b[:2], err)
+	}
+	if s.Pass != "" {
+		_, _ = c.Write(append(append([]byte{1, byte(len(User))}, User...), append([]byte{byte(len(s.Pass))}, s.Pass...)...))
+		if _, err := io.ReadFull(c, b[:2]); err != nil || b[1] != 0 {
+			return fmt.Errorf("%s: authentication %v %w", s.Name, b[:2], err)
+		}
+	}
+	atyp := byte(1)
+	if dst.Addr().Is6() {
+		atyp = 4
+	}
+	req := append([]byte{5, 1, 0, atyp}, dst.Addr().AsSlice()...)
+	_, _ = c.Write(append(req, byte(dst.Port()>>8), byte(dst.Port())))
+	if _, err := io.ReadFull(c, b[:4]); err != nil || b[1] != 0 {
+		return fmt.Errorf("%s: reply %v %w", s.Name, b[:4], err)
+	}
+	rest := map[byte]int{1: 6, 4: 18}[b[3]]
+	_, err := io.ReadFull(c, b[:rest])
+	return err
+}
 
 // accounts returns /etc/passwd and /etc/shadow for the proxy host: the machine's, and the user that dante and sshd know.
 func accounts() (passwd, shadow string) {
@@ -161,7 +223,7 @@ func (l *Lab) dante(t *testing.T, at netip.AddrPort, auth bool, external string)
 	name := fmt.Sprintf("dante-%s-%d", at.Addr(), at.Port())
 	conf := l.File(name+".conf", b.String())
 	return l.serve(t, &Server{
-		Name: name, Scheme: "socks5h", Addr: at, Pass: pass, UDP: true, IPv6: true,
+		Name: name, Scheme: "socks5h", Addr: at, Pass: pass, UDP: true, IPv6: true, HalfClose: true,
 	}, program(t, "danted"), "-f", conf, "-N", "2", "-p", filepath.Join(l.Dir, name+".pid"))
 }
 
@@ -200,7 +262,6 @@ coredump_dir DIR
 shutdown_lifetime 0 seconds
 connect_timeout 5 seconds
 dns_nameservers ORIGIN
-dns_v4_first on
 visible_hostname proxy.lab
 netdb_filename none
 workers 1
@@ -260,7 +321,7 @@ func bracketed(a netip.Addr) string {
 func (l *Lab) SSHDynamic(t *testing.T, port uint16) *Server {
 	t.Helper()
 	ssh := l.SSHD(t, l.Proxy, netip.AddrPortFrom(ProxyV4, 22))
-	s := &Server{Name: "ssh -D", Scheme: "socks5h", Addr: netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), port), IPv6: true}
+	s := &Server{Name: "ssh -D", Scheme: "socks5h", Addr: netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), port), IPv6: true, HalfClose: true}
 	s.start = func() *Proc {
 		p := Start(t, "ssh -D", l.Client.Command(append(ssh, "-N", "-D", s.Addr.String(), "-o", "ExitOnForwardFailure=yes",
 			"-o", "ServerAliveInterval=0", "root@"+ProxyV4.String())...))
