@@ -3,7 +3,9 @@
 package dialers
 
 import (
+	"context"
 	"crypto/tls"
+	"fmt"
 	"net"
 	"sync"
 	"syscall"
@@ -43,6 +45,30 @@ func (c *TCPConn) closed() {
 			c.onClose()
 		}
 	})
+}
+
+// tlsConfig is how a proxy is reached over TLS.
+func tlsConfig(s *Spec, protos ...string) *tls.Config {
+	name := s.SNI
+	if name == "" {
+		name = s.Host
+	}
+	return &tls.Config{
+		ServerName: name, MinVersion: tls.VersionTLS12, InsecureSkipVerify: s.Insecure, NextProtos: protos,
+		ClientSessionCache: tls.NewLRUClientSessionCache(8), // a resumed handshake is one round trip shorter and has no certificate to check
+	}
+}
+
+// secure starts TLS on a connection to a proxy; with a nil cfg it is the connection itself.
+func secure(ctx context.Context, c *TCPConn, cfg *tls.Config) (flow.Conn, error) {
+	if cfg == nil {
+		return c, nil
+	}
+	tc := tls.Client(c.TCPConn, cfg)
+	if err := tc.HandshakeContext(ctx); err != nil {
+		return nil, fmt.Errorf("tls: %w: %w", flow.ErrUpstream, err)
+	}
+	return &tlsConn{Conn: tc, tcp: c}, nil
 }
 
 // tlsConn is a stream inside TLS. head is what arrived together with the proxy's reply and is read first.

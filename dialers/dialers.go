@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package dialers speaks to upstreams: SOCKS5, HTTP CONNECT, direct, and pools of them. It opens every socket of the project, each with
+// Package dialers speaks to upstreams: SOCKS4, SOCKS4a, SOCKS5, HTTP CONNECT, direct, and pools of them. It opens every socket of the project, each with
 // the bypass mark, and resolves the names of upstreams themselves.
 //
 // It decides nothing (routing does) and resolves no destination (dns does, through flow.Names). The daemon builds upstreams with
@@ -51,7 +51,9 @@ func New(name string, s Spec, n *Net) (flow.Dialer, error) {
 	switch s.Scheme {
 	case SchemeDirect:
 		return NewDirect(name, n), nil
-	case SchemeSOCKS5, SchemeSOCKS5h:
+	case SchemeSOCKS4, SchemeSOCKS4a:
+		return newSOCKS4(name, s, n), nil
+	case SchemeSOCKS5, SchemeSOCKS5h, SchemeSOCKS5s:
 		return newSOCKS5(name, s, n), nil
 	case SchemeHTTP, SchemeHTTPS:
 		if s.Auth == "digest" {

@@ -44,17 +44,6 @@ func newHTTP(name string, s Spec, n *Net) *HTTP {
 	return h
 }
 
-func tlsConfig(s *Spec, proto string) *tls.Config {
-	name := s.SNI
-	if name == "" {
-		name = s.Host
-	}
-	return &tls.Config{
-		ServerName: name, MinVersion: tls.VersionTLS12, InsecureSkipVerify: s.Insecure, NextProtos: []string{proto},
-		ClientSessionCache: tls.NewLRUClientSessionCache(8),
-	}
-}
-
 // Status returns the counters and what has been learned.
 func (h *HTTP) Status() Status {
 	st := h.status()
@@ -101,13 +90,13 @@ func (h *HTTP) dial(ctx context.Context, dst flow.Addr) (flow.Conn, error) {
 		if h.tls == nil {
 			return h.request(tcp, &socketHead{c: tcp}, dst)
 		}
-		tc := tls.Client(tcp.TCPConn, h.tls)
-		if err := tc.HandshakeContext(ctx); err != nil {
-			return fmt.Errorf("tls: %w: %w", flow.ErrUpstream, err)
+		tc, err := secure(ctx, tcp, h.tls)
+		if err != nil {
+			return err
 		}
 		head := &streamHead{r: tc}
-		err := h.request(tc, head, dst)
-		conn = &tlsConn{Conn: tc, tcp: tcp, head: head.left}
+		err = h.request(tc, head, dst)
+		conn = &tlsConn{Conn: tc.(*tlsConn).Conn, tcp: tcp, head: head.left}
 		return err
 	})
 	if v6 {

@@ -349,6 +349,74 @@ func TestHTTPS(t *testing.T) {
 	}
 }
 
+// socksTLS is a Step that speaks SOCKS5 inside TLS: it expects want, and answers with reply as soon as there is something to read.
+func socksTLS(cert tls.Certificate, want, reply string) dialertest.Step {
+	return func(c *dialertest.Conv) error {
+		tc := tls.Server(c.TCPConn, &tls.Config{Certificates: []tls.Certificate{cert}, MinVersion: tls.VersionTLS12})
+		if _, err := io.WriteString(tc, reply); err != nil {
+			return err
+		}
+		got := make([]byte, len(want))
+		if _, err := io.ReadFull(tc, got); err != nil || string(got) != want {
+			return errors.Join(err, errors.New("unexpected request"))
+		}
+		if _, err := io.Copy(tc, struct{ io.Reader }{tc}); err != nil {
+			return err
+		}
+		return tc.Close()
+	}
+}
+
+// Everything the server says comes in one record, and what follows the reply is not lost.
+func TestSOCKS5s(t *testing.T) {
+	cert, pool := certificate(t, "proxy.example")
+	s := dialertest.Start(t, socksTLS(cert, "\x05\x01\x00\x05\x01\x00\x03\x0bexample.com\x00\x19", "\x05\x00"+okReply+"220 mail\r\n"))
+	d := dialer(t, "socks5s://"+s.Addr.String()+"?sni=proxy.example").(*SOCKS5)
+	_, err := d.Dial(testContext(t), addr(t, "example.com:25"))
+	wantError(t, err, flow.ReasonHostUnreachable, true) // nobody knows this certificate
+	d.tls.RootCAs = pool
+	c, err := d.Dial(testContext(t), addr(t, "example.com:25"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, ok := c.(syscall.Conn); ok {
+		t.Error("a TLS connection says that it is a plain socket")
+	}
+	if _, err := io.WriteString(c, "hello"); err != nil || c.CloseWrite() != nil {
+		t.Error(err)
+	}
+	if got, err := io.ReadAll(c); err != nil || string(got) != "220 mail\r\nhello" {
+		t.Errorf("%q, %v", got, err)
+	}
+	c.Close()
+	if _, err := d.ListenPacket(testContext(t), nil); !errors.Is(err, errors.ErrUnsupported) {
+		t.Errorf("udp goes in the clear without being asked for: %v", err)
+	}
+	if st := d.Status(); st.Active != 0 || st.UDP != no {
+		t.Errorf("%+v", st)
+	}
+}
+
+func TestSOCKS5sUDP(t *testing.T) {
+	cert, pool := certificate(t, "proxy.example")
+	_, at := relaySocket(t)
+	s := dialertest.Start(t, socksTLS(cert, "\x05\x01\x00\x05\x03\x00\x01\x00\x00\x00\x00\x00\x00",
+		"\x05\x00"+string(appendSOCKSAddr([]byte{5, 0, 0}, flow.AddrFrom(at)))))
+	d := dialer(t, "socks5s://"+s.Addr.String()+"?sni=proxy.example&udp=on").(*SOCKS5)
+	d.tls.RootCAs = pool
+	pc, err := d.ListenPacket(testContext(t), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if st := d.Status(); st.Active != 1 || st.UDP != yes {
+		t.Errorf("%+v", st)
+	}
+	pc.Close()
+	if st := d.Status(); st.Active != 0 {
+		t.Errorf("%+v", st)
+	}
+}
+
 func TestHTTPSHostile(t *testing.T) {
 	for name, tt := range map[string]struct {
 		step   dialertest.Step

@@ -4,6 +4,7 @@ package dialers
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -41,15 +42,23 @@ const maxSOCKSAddr = 1 + 1 + 255 + 2
 // errNoReply is how ssh -D, and every server that crashed, says no: it closes instead of replying.
 var errNoReply = errors.New("closed without a reply")
 
-// SOCKS5 is a SOCKS5 upstream (RFC 1928) with user/password (RFC 1929), CONNECT and UDP ASSOCIATE. As socks5h it is sent names.
+// SOCKS5 is a SOCKS5 upstream (RFC 1928) with user/password (RFC 1929), CONNECT and UDP ASSOCIATE. As socks5h it is sent names; as socks5s
+// it is reached over TLS, and sent names.
 type SOCKS5 struct {
 	upstream
-	names bool // send the name when there is one
+	names bool        // send the name when there is one
+	tls   *tls.Config // nil unless socks5s
 }
 
 func newSOCKS5(name string, s Spec, n *Net) *SOCKS5 {
+	if s.Scheme == SchemeSOCKS5s && s.UDP != UDPOn {
+		s.UDP = UDPOff // datagrams would go to the proxy in the clear: only if asked for
+	}
 	d := &SOCKS5{names: s.Scheme != SchemeSOCKS5}
 	d.init(name, s, n)
+	if s.Scheme == SchemeSOCKS5s {
+		d.tls = tlsConfig(&s)
+	}
 	return d
 }
 
@@ -78,14 +87,10 @@ func (s *SOCKS5) DialContext(ctx context.Context, network, address string) (net.
 func (s *SOCKS5) Dial(ctx context.Context, dst flow.Addr) (flow.Conn, error) {
 	c, err := s.dial(ctx, dst)
 	s.done(err)
-	if err != nil {
-		return nil, err
-	}
-	s.track(c)
-	return c, nil
+	return c, err
 }
 
-func (s *SOCKS5) dial(ctx context.Context, dst flow.Addr) (*TCPConn, error) {
+func (s *SOCKS5) dial(ctx context.Context, dst flow.Addr) (flow.Conn, error) {
 	addr, err := s.target(dst)
 	if err != nil {
 		return nil, s.wrap("connect "+dst.String(), err)
@@ -94,21 +99,25 @@ func (s *SOCKS5) dial(ctx context.Context, dst flow.Addr) (*TCPConn, error) {
 	if v6 && !s.ipv6.allowed() {
 		return nil, s.wrap("connect "+dst.String(), fmt.Errorf("%w: the upstream has no IPv6", flow.ErrNetUnreachable))
 	}
-	c, err := s.connect(ctx)
+	tcp, err := s.connect(ctx)
 	if err != nil {
 		return nil, err
 	}
-	err = handshake(ctx, c, func() error {
-		_, err := s.request(c, cmdConnect, addr)
+	var c flow.Conn = tcp
+	err = handshake(ctx, tcp, func() (err error) {
+		if c, err = secure(ctx, tcp, s.tls); err == nil {
+			_, err = s.request(c, cmdConnect, addr)
+		}
 		return err
 	})
 	if v6 {
 		s.learnIPv6(err)
 	}
 	if err != nil {
-		c.Abort()
+		tcp.Abort()
 		return nil, s.ended(ctx, "connect "+dst.String(), err)
 	}
+	s.track(tcp)
 	return c, nil
 }
 

@@ -38,14 +38,18 @@ func (s *SOCKS5) ListenPacket(ctx context.Context, f *flow.Flow) (flow.PacketCon
 }
 
 func (s *SOCKS5) associate(ctx context.Context) (*association, error) {
-	ctl, err := s.connect(ctx)
+	tcp, err := s.connect(ctx)
 	if err != nil {
 		return nil, err
 	}
+	var ctl flow.Conn
 	var relay flow.Addr
 	var udp *net.UDPConn
-	err = handshake(ctx, ctl, func() (err error) {
-		server := ctl.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap()
+	err = handshake(ctx, tcp, func() (err error) {
+		if ctl, err = secure(ctx, tcp, s.tls); err != nil {
+			return err
+		}
+		server := tcp.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap()
 		// The address we shall send from is not known: a NAT may lie between (RFC 1928: then zeros). In the server's own family.
 		from := flow.Addr{IP: netip.IPv4Unspecified()}
 		if server.Is6() {
@@ -67,10 +71,12 @@ func (s *SOCKS5) associate(ctx context.Context) (*association, error) {
 		s.udp.can()
 		var a *association
 		if a, err = newAssociation(s, ctl, udp); err == nil {
+			s.track(tcp)
+			a.watch.Go(a.control)
 			return a, nil
 		}
 	}
-	ctl.Abort()
+	tcp.Abort()
 	if udp != nil {
 		_ = udp.Close()
 	}
@@ -120,7 +126,7 @@ func relayAddr(bound flow.Addr, server netip.Addr) (netip.AddrPort, error) {
 type association struct {
 	batchConn
 	s     *SOCKS5
-	ctl   *TCPConn
+	ctl   flow.Conn
 	once  sync.Once
 	watch sync.WaitGroup
 
@@ -128,13 +134,11 @@ type association struct {
 	cause error // why it ended; nil while it lives or after Close
 }
 
-func newAssociation(s *SOCKS5, ctl *TCPConn, udp *net.UDPConn) (*association, error) {
+func newAssociation(s *SOCKS5, ctl flow.Conn, udp *net.UDPConn) (*association, error) {
 	a := &association{s: s, ctl: ctl}
 	if err := a.init(s.net, udp, &socksCodec{names: s.names, ipv6: &s.ipv6}, &s.dropped); err != nil {
 		return nil, err
 	}
-	s.track(ctl)
-	a.watch.Go(a.control)
 	return a, nil
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package server is a proxy server: SOCKS5 (CONNECT, UDP ASSOCIATE) and HTTP CONNECT on one port. It is what `mprox serve` and
+// Package server is a proxy server: SOCKS4, SOCKS4a, SOCKS5 (CONNECT, UDP ASSOCIATE) and HTTP CONNECT on one port. It is what `mprox serve` and
 // `mprox demo` run, and an exit node.
 //
 // It is no part of the path of captured traffic. Where connections go to is a flow.Dialer: this machine, or any upstream for a chain.
@@ -284,6 +284,8 @@ func (c *session) handshake() error {
 	switch {
 	case first[0] == socksVersion:
 		return c.socks5()
+	case first[0] == socks4Version:
+		return c.socks4()
 	case 'A' <= first[0] && first[0] <= 'Z':
 		return c.http()
 	}
@@ -292,7 +294,7 @@ func (c *session) handshake() error {
 }
 
 var (
-	errProtocol = errors.New("neither SOCKS5 nor HTTP")
+	errProtocol = errors.New("neither SOCKS nor HTTP")
 	errAuth     = errors.New("wrong user or password")
 )
 

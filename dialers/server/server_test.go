@@ -3,7 +3,6 @@
 package server
 
 import (
-	"bufio"
 	"context"
 	"encoding/base64"
 	"errors"
@@ -130,7 +129,12 @@ func TestConversations(t *testing.T) {
 		{"socks5 no users at all", map[string]string{}, nil, "\x05\x01\x02\x01\x00\x00", "\x05\x02\x01\x01"},
 		{"socks5 password version", users, nil, "\x05\x01\x02\x05\x00\x00", "\x05\x02"},
 		{"socks5 no methods", nil, nil, "\x05\x00", "\x05\xff"},
-		{"socks4", nil, nil, "\x04\x01\x00\x50\x01\x02\x03\x04\x00", ""},
+		{"socks4", nil, flow.ErrRefused, "\x04\x01\x00\x50\x01\x02\x03\x04bob\x00", "\x00\x5b\x00\x00\x00\x00\x00\x00"},
+		{"socks4a", nil, flow.ErrRefused, "\x04\x01\x00\x50\x00\x00\x00\x01\x00localhost\x00", "\x00\x5b\x00\x00\x00\x00\x00\x00"},
+		{"socks4a name", nil, nil, "\x04\x01\x00\x50\x00\x00\x00\x01\x00a b\x00", "\x00\x5b\x00\x00\x00\x00\x00\x00"},
+		{"socks4 bind", nil, nil, "\x04\x02\x00\x50\x01\x02\x03\x04\x00", "\x00\x5b\x00\x00\x00\x00\x00\x00"},
+		{"socks4 has no password", users, nil, "\x04\x01\x00\x50\x01\x02\x03\x04bob\x00", "\x00\x5d\x00\x00\x00\x00\x00\x00"},
+		{"socks4 endless user", nil, nil, "\x04\x01\x00\x50\x01\x02\x03\x04" + strings.Repeat("a", 300), ""},
 		{"garbage", nil, nil, "\x00garbage", ""},
 		{"nothing", nil, nil, "", ""},
 		{
@@ -190,6 +194,9 @@ func TestConversations(t *testing.T) {
 
 // upstreams are our own dialers at work with our own server.
 func upstreams(at netip.AddrPort, auth string) []string {
+	if auth == "" {
+		return []string{"socks5://" + at.String(), "socks5h://" + at.String() + "?pipeline=1", "http://" + at.String(), "socks4://" + at.String()}
+	}
 	return []string{"socks5://" + auth + at.String(), "socks5h://" + auth + at.String(), "socks5h://" + auth + at.String() + "?pipeline=1", "http://" + auth + at.String()}
 }
 
@@ -246,6 +253,9 @@ func TestTruth(t *testing.T) {
 			{IP: netip.MustParseAddr("224.0.0.1"), Port: 80}: flow.ReasonNetUnreachable, // the kernel refuses TCP to a group, no packet leaves
 		} {
 			if _, err := d.Dial(t.Context(), dst); flow.ReasonOf(err) != want || errors.Is(err, flow.ErrUpstream) {
+				if strings.HasPrefix(raw, "socks4") && flow.ReasonOf(err) == flow.ReasonHostUnreachable {
+					continue // SOCKS4 has one code for all of them
+				}
 				t.Errorf("%s to %v: %v, want %v", raw, dst, err, want)
 			}
 		}
@@ -451,36 +461,4 @@ func TestAuthFunc(t *testing.T) {
 	if asked.Load() == 0 {
 		t.Error("nobody asked")
 	}
-}
-
-func FuzzRequests(f *testing.F) {
-	for _, s := range []string{
-		"\x05\x01\x00\x05\x01\x00\x01\x01\x02\x03\x04\x00\x50", "\x05\x02\x00\x02\x01\x03bob\x02pw\x05\x03\x00\x03\x01a\x00\x50",
-		"\x05\x01\x00\x05\x01\x00\x04aaaaaaaaaaaaaaaa\x00\x50", "CONNECT [::1]:80 HTTP/1.1\r\nHost: a\r\nProxy-Authorization: Basic eA==\r\n\r\n", "GET / HTTP/1.1\n\n",
-	} {
-		f.Add([]byte(s))
-	}
-	f.Fuzz(func(t *testing.T, in []byte) {
-		r := bufio.NewReaderSize(strings.NewReader(string(in)), readBuffer)
-		if _, err := readGreeting(r); err == nil {
-			if _, _, err := readPassword(r); err == nil {
-				_, _, _ = readRequest(r)
-			}
-		}
-		if _, dst, err := readRequest(strings.NewReader(string(in))); err == nil && dst.Host == "" && !dst.IP.IsValid() {
-			t.Errorf("%x: no destination and no error", in)
-		}
-		r.Reset(strings.NewReader(string(in)))
-		q, err := readHTTP(r)
-		if err != nil {
-			return
-		}
-		rest, _ := io.ReadAll(r)
-		if !strings.HasSuffix(string(in), "\n"+string(rest)) {
-			t.Errorf("%q: left %q", in, rest)
-		}
-		if dst, err := parseTarget(q.target); err == nil && (dst.Port == 0 || strings.ContainsAny(dst.Host, "\r\n @/")) {
-			t.Errorf("%q: %v", q.target, dst)
-		}
-	})
 }
