@@ -18,12 +18,6 @@ import (
 	"github.com/mutex-proxy/mutex/flow"
 )
 
-// The strategies of a pool.
-const (
-	RoundRobin = "round-robin"
-	Failover   = "failover" // the order of the configuration
-)
-
 const (
 	defaultRetry    = 2
 	defaultFailures = 3
@@ -32,6 +26,8 @@ const (
 	maxEject = 5 * time.Minute
 	// probeTime is how long one flow has to find out whether an ejected member is back before another one may.
 	probeTime = 10 * time.Second
+	// maxMembers bounds a pool.
+	maxMembers = 4096
 	// minStagger and maxStagger bound the head start of an attempt that has not failed: below, a slow destination is asked for twice for
 	// nothing; above, an application has given up.
 	minStagger = 500 * time.Millisecond
@@ -61,12 +57,17 @@ type poolState struct {
 	name, strategy string
 	cfg            PoolConfig
 	members        []*member
-	next           atomic.Uint64 // round-robin's turn
+	order          []int         // in which members are gone through
+	turns          []uint16      // of a weighted pool: the places at which to start, one after the other
+	next           atomic.Uint64 // the turn
 }
 
-// member is the passive health of one upstream.
+// member is one upstream and its passive health.
 type member struct {
 	flow.Dialer
+	gauged           gauged // nil if the upstream does not say
+	weight, priority int
+
 	faults       atomic.Int32 // consecutive: 2 for a failure of the upstream, 1 for a silence that may be the destination's
 	ejections    atomic.Int32 // in a row, for the back-off
 	ejectedUntil atomic.Int64 // Unix ns; 0 = in
@@ -80,8 +81,11 @@ func NewPool(name, strategy string, members []flow.Dialer, cfg PoolConfig) (flow
 	if strategy == "" {
 		strategy = RoundRobin
 	}
-	if strategy != RoundRobin && strategy != Failover {
-		return nil, fmt.Errorf("pool %s: strategy %s: %w: use %s or %s", name, strategy, flow.ErrNotSupported, RoundRobin, Failover)
+	if !slices.Contains(strategies(), strategy) {
+		return nil, fmt.Errorf("pool %s: strategy %s: %w: use one of %s", name, strategy, flow.ErrNotSupported, strings.Join(strategies(), " "))
+	}
+	if len(members) > maxMembers {
+		return nil, fmt.Errorf("pool %s: more than %d members", name, maxMembers)
 	}
 	if cfg.Retry == 0 {
 		cfg.Retry = defaultRetry
@@ -100,8 +104,9 @@ func NewPool(name, strategy string, members []flow.Dialer, cfg PoolConfig) (flow
 	}
 	p := &poolState{name: name, strategy: strategy, cfg: cfg}
 	for _, d := range members {
-		p.members = append(p.members, &member{Dialer: d})
+		p.members = append(p.members, newMember(d))
 	}
+	p.order, p.turns = arrange(strategy, p.members)
 	return &Pool{p, members}, nil
 }
 
@@ -213,14 +218,11 @@ func (t *tries) pick(p *Pool) int {
 
 // choose returns the first member in the strategy's order that is neither tried nor ejected, or else the one whose ejection ends first.
 func (p *poolState) choose(tried []int) int {
-	first := 0
-	if p.strategy == RoundRobin {
-		first = int((p.next.Add(1) - 1) % uint64(len(p.members)))
-	}
 	now := p.cfg.Now().UnixNano()
+	first := p.first(now, tried)
 	last, lastUntil := -1, int64(0)
-	for k := range p.members {
-		i := (first + k) % len(p.members)
+	for k := range p.order {
+		i := p.order[(first+k)%len(p.order)]
 		if slices.Contains(tried, i) {
 			continue
 		}
@@ -251,6 +253,9 @@ func (p *poolState) note(ctx context.Context, i int, err error) {
 	case errors.Is(err, flow.ErrNoServers), errors.Is(err, errors.ErrUnsupported):
 		return // the member has not been asked
 	default:
+		if m.faults.Load() == 0 { // nothing to forgive: no write to a line that all flows share
+			return
+		}
 		m.faults.Store(0)
 		m.ejections.Store(0)
 		if m.ejectedUntil.Swap(0) != 0 {

@@ -90,7 +90,7 @@ func TestPoolStrategies(t *testing.T) {
 	if got := dials(t, pool(t, "", PoolConfig{}, m...), 2); got != "m0 m1" {
 		t.Error(got)
 	}
-	if _, err := NewPool("eu", "hash", []flow.Dialer{m[0]}, PoolConfig{}); err == nil {
+	if _, err := NewPool("eu", "nonsense", []flow.Dialer{m[0]}, PoolConfig{}); err == nil {
 		t.Error("a strategy that is not there")
 	}
 	if _, err := NewPool("eu", RoundRobin, nil, PoolConfig{}); err == nil {
@@ -382,23 +382,4 @@ func TestCapability(t *testing.T) {
 	check(true, yes)
 	c.cannot()
 	check(false, no)
-}
-
-func BenchmarkPoolDial(b *testing.B) {
-	for _, n := range []int{1, 8, 1000} {
-		b.Run(fmt.Sprint(n), func(b *testing.B) {
-			var ds []flow.Dialer
-			for range n {
-				ds = append(ds, &fakeDialer{})
-			}
-			d, _ := NewPool("eu", RoundRobin, ds, PoolConfig{})
-			p := d.(*Pool)
-			b.ReportAllocs()
-			b.RunParallel(func(pb *testing.PB) {
-				for pb.Next() {
-					p.note(context.Background(), p.choose(nil), nil)
-				}
-			})
-		})
-	}
 }

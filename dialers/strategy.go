@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package dialers
+
+import (
+	"cmp"
+	"math/rand/v2"
+	"slices"
+
+	"github.com/mutex-proxy/mutex/flow"
+)
+
+// The strategies of a pool.
+const (
+	RoundRobin       = "round-robin"
+	Weighted         = "weighted"          // round-robin by weight, spread evenly
+	Random           = "random"            // of two at random, the one with fewer connections
+	LeastConnections = "least-connections" // by weight
+	LeastLatency     = "least-latency"     // by the time the server takes to accept, and its connections
+	Failover         = "failover"          // by priority, then in the order of the configuration
+)
+
+// strategies are those that NewPool knows.
+func strategies() []string {
+	return []string{RoundRobin, Weighted, Random, LeastConnections, LeastLatency, Failover}
+}
+
+// maxSchedule bounds the sequence of turns of a weighted pool; weights are scaled down to fit.
+const maxSchedule = 4096
+
+// gauged is implemented by the upstreams of this package.
+type gauged interface {
+	// gauge returns how many connections are open, and the average time in ns that the server takes to accept one; 0 if not known yet.
+	gauge() (active, latency int64)
+}
+
+func (s *stats) gauge() (active, latency int64) { return max(0, s.active.Load()), s.latency.Load() }
+
+// gauge of a pool is the sum of its members' connections, and the latency of its fastest.
+func (p *Pool) gauge() (active, latency int64) {
+	for _, m := range p.members {
+		a, l := m.gauge()
+		active += a
+		if l > 0 && (latency == 0 || l < latency) {
+			latency = l
+		}
+	}
+	return active, latency
+}
+
+func (m *member) gauge() (active, latency int64) {
+	if m.gauged == nil {
+		return 0, 0
+	}
+	return m.gauged.gauge()
+}
+
+func newMember(d flow.Dialer) *member {
+	m := &member{Dialer: d, weight: 1}
+	m.gauged, _ = d.(gauged)
+	if s, ok := d.(interface{ Spec() Spec }); ok {
+		m.weight, m.priority = max(1, s.Spec().Weight), s.Spec().Priority
+	}
+	return m
+}
+
+// arrange returns the order in which members are gone through, and for a weighted pool the turns.
+func arrange(strategy string, members []*member) (order []int, turns []uint16) {
+	for i := range members {
+		order = append(order, i)
+	}
+	switch strategy {
+	case Failover:
+		slices.SortStableFunc(order, func(a, b int) int { return cmp.Compare(members[a].priority, members[b].priority) })
+	case Weighted:
+		turns = schedule(members)
+	}
+	return order, turns
+}
+
+// schedule spreads the turns of members evenly over one round (smooth weighted round-robin, as nginx has it). It is made once, so that a
+// turn costs an increment however many members there are.
+func schedule(members []*member) []uint16 {
+	weights := make([]int, len(members))
+	div, total := 0, 0
+	for i, m := range members {
+		weights[i] = m.weight
+		total += m.weight
+		div = gcd(div, m.weight)
+	}
+	scaled := 0
+	for i := range weights {
+		if weights[i] /= div; total/div > maxSchedule {
+			weights[i] = max(1, weights[i]*maxSchedule/(total/div))
+		}
+		scaled += weights[i]
+	}
+	turns := make([]uint16, 0, scaled)
+	current := make([]int, len(weights))
+	for range scaled {
+		best := 0
+		for i, w := range weights {
+			if current[i] += w; current[i] > current[best] {
+				best = i
+			}
+		}
+		current[best] -= scaled
+		turns = append(turns, uint16(best))
+	}
+	return turns
+}
+
+func gcd(a, b int) int {
+	for b != 0 {
+		a, b = b, a%b
+	}
+	return a
+}
+
+// first returns the place in the order at which the strategy starts.
+func (p *poolState) first(now int64, tried []int) int {
+	n := len(p.members)
+	switch p.strategy {
+	case RoundRobin:
+		return int((p.next.Add(1) - 1) % uint64(n))
+	case Weighted:
+		return int(p.turns[(p.next.Add(1)-1)%uint64(len(p.turns))])
+	case Random:
+		a, b := rand.IntN(n), rand.IntN(n)
+		if p.better(b, a, now, tried) {
+			return b
+		}
+		return a
+	case LeastConnections, LeastLatency:
+		best := rand.IntN(n) // among equals, not always the same
+		start := best
+		for k := 1; k < n; k++ {
+			if i := (start + k) % n; p.better(i, best, now, tried) {
+				best = i
+			}
+		}
+		return best
+	}
+	return 0
+}
+
+// better reports whether member a is to be preferred to member b.
+func (p *poolState) better(a, b int, now int64, tried []int) bool {
+	if fa, fb := p.fit(a, now, tried), p.fit(b, now, tried); fa != fb {
+		return fa
+	}
+	ma, mb := p.members[a], p.members[b]
+	activeA, latencyA := ma.gauge()
+	activeB, latencyB := mb.gauge()
+	if p.strategy == LeastLatency {
+		return latencyA*(activeA+1) < latencyB*(activeB+1) // one that is not known yet comes first, and is known then
+	}
+	return activeA*int64(mb.weight) < activeB*int64(ma.weight)
+}
+
+// fit reports whether a member can be tried now.
+func (p *poolState) fit(i int, now int64, tried []int) bool {
+	until := p.members[i].ejectedUntil.Load()
+	return until <= now && !slices.Contains(tried, i)
+}
