@@ -158,9 +158,9 @@ func lastLeak(allow lab.Allow, pkts []lab.Packet) time.Time {
 	return last
 }
 
-// startGrace is how long after its first change in the kernel the program may take to close everything: the time of a few netlink
-// transactions on a busy machine.
-const startGrace = 150 * time.Millisecond
+// startGrace is how far the clocks of the capture and of the monitor may be apart: both note when they are scheduled, not when it was.
+// Nothing may leave after the first change of a rule or a route: the guard must be there before.
+const startGrace = 20 * time.Millisecond
 
 func since(pkts []lab.Packet, at time.Time) []lab.Packet {
 	return slices.DeleteFunc(slices.Clone(pkts), func(p lab.Packet) bool { return p.At.Before(at) })

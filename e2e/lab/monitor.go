@@ -10,10 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// nftablesGroup is NFNLGRP_NFTABLES of linux/netfilter/nfnetlink.h.
-const nftablesGroup = 7
-
-// Monitor notes when rules, routes and nftables of the client's namespace change.
+// Monitor notes when rules and routes of the client's namespace change. nftables is left out: asking what the kernel can do makes and
+// removes a table, too.
 type Monitor struct {
 	mu      sync.Mutex
 	changes []time.Time
@@ -27,20 +25,15 @@ func (l *Lab) StartMonitor(t *testing.T) *Monitor {
 	var fds []int
 	err := l.Client.Do(func() error {
 		const routing = 1<<(unix.RTNLGRP_IPV4_RULE-1) | 1<<(unix.RTNLGRP_IPV6_RULE-1) | 1<<(unix.RTNLGRP_IPV4_ROUTE-1) | 1<<(unix.RTNLGRP_IPV6_ROUTE-1)
-		for proto, groups := range map[int]uint32{unix.NETLINK_ROUTE: routing, unix.NETLINK_NETFILTER: 1 << (nftablesGroup - 1)} {
-			fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, proto)
-			if err != nil {
-				return err
-			}
-			fds = append(fds, fd)
-			if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: groups}); err != nil {
-				return err
-			}
-			if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Usec: 50_000}); err != nil {
-				return err
-			}
+		fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_ROUTE)
+		if err != nil {
+			return err
 		}
-		return nil
+		fds = append(fds, fd)
+		if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: routing}); err != nil {
+			return err
+		}
+		return unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Usec: 50_000})
 	})
 	var wg sync.WaitGroup
 	t.Cleanup(func() {
