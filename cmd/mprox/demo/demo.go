@@ -16,6 +16,8 @@ import (
 	"path/filepath"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/mutex-proxy/mutex/control/client"
 )
 
@@ -37,6 +39,8 @@ type demo struct {
 	net     *network
 	capture *capture
 	engine  *exec.Cmd
+	ended   chan struct{} // closed when the engine has
+	clean   bool          // nothing of the engine is left in the kernel
 	failed  bool
 }
 
@@ -51,11 +55,12 @@ func Run(ctx context.Context, out io.Writer) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(d.dir)) }()
-	fmt.Fprintln(out, "mprox demo: everything happens in private network namespaces; this machine's own network is not touched.")
 	if d.net, err = newNetwork(); err != nil {
 		return err
 	}
 	defer d.net.Close()
+	defer func() { err = errors.Join(err, d.cleanUp()) }()
+	fmt.Fprintln(out, "mprox demo: everything happens in private network namespaces; this machine's own network is not touched.")
 	if d.capture, err = startCapture(d.net.far); err != nil {
 		return err
 	}
@@ -125,6 +130,11 @@ func (d *demo) startEngine(ctx context.Context) error {
 		"--proxy", fmt.Sprintf("socks5h://%s:%s@%s", proxyUser, proxyPass, proxyAddr())); err != nil {
 		return err
 	}
+	d.ended = make(chan struct{})
+	go func() {
+		defer close(d.ended)
+		_ = d.engine.Wait() // it is stopped or killed by us: how it ended says nothing
+	}()
 	if err := until(ctx, "mprox up", func() error { return d.healthy(ctx) }); err != nil {
 		log, _ := os.ReadFile(filepath.Join(d.dir, "engine.log"))
 		return fmt.Errorf("%w\n%s", err, log)
@@ -208,15 +218,36 @@ func (d *demo) kill(ctx context.Context) error {
 	if err := d.engine.Process.Kill(); err != nil {
 		return err
 	}
-	_ = d.engine.Wait() // killed is what it is
+	<-d.ended
 	if err := d.client(ctx, "blocked", d.showResult); err != nil {
 		return err
 	}
-	cleanup, err := d.process(d.net.client, "cleanup", "cleanup", "--socket", d.socket(), "--state-dir", d.dir)
-	if err == nil {
-		err = cleanup.Wait()
-	}
+	err := d.cleanUp()
 	d.show(err == nil, "mprox cleanup", "removes what the killed engine left", 0)
+	return nil
+}
+
+// cleanUp ends the engine if it still runs and removes what it may have left: the namespaces take most of it with them, its cgroup not.
+func (d *demo) cleanUp() error {
+	if d.clean || d.engine == nil {
+		return nil
+	}
+	d.clean = true
+	_ = d.engine.Process.Signal(unix.SIGTERM) // it may have ended
+	select {
+	case <-d.ended:
+	case <-time.After(step):
+		_ = d.engine.Process.Kill()
+		<-d.ended
+	}
+	cleanup, err := d.process(d.net.client, "cleanup", "cleanup", "--socket", d.socket(), "--state-dir", d.dir)
+	if err != nil {
+		return err
+	}
+	if err := cleanup.Wait(); err != nil {
+		log, _ := os.ReadFile(filepath.Join(d.dir, "cleanup.log"))
+		return fmt.Errorf("demo: cleanup: %w\n%s", err, log)
+	}
 	return nil
 }
 

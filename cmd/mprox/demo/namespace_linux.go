@@ -5,12 +5,15 @@ package demo
 import (
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
 	"runtime"
 	"sync"
 	"syscall"
 
 	"github.com/vishvananda/netns"
+
+	"github.com/mutex-proxy/mutex/policy"
 )
 
 var errClosed = errors.New("demo: namespace is closed")
@@ -41,7 +44,11 @@ func newNamespace() (*namespace, error) {
 			fn()
 		}
 	}()
-	if err := <-started; err != nil {
+	err := <-started
+	if errors.Is(err, os.ErrPermission) {
+		return nil, fmt.Errorf("%w: CAP_SYS_ADMIN, to make network namespaces: run as root (sudo mprox demo)", policy.ErrPrivilege)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("demo: new network namespace: %w", err)
 	}
 	return n, nil
