@@ -19,7 +19,7 @@ const (
 	// resendAfter and tcpAfter: a lost datagram is sent again after a second, as glibc and unbound do; when that is not answered either,
 	// UDP may not work at all on this path and the question goes by TCP.
 	resendAfter = time.Second
-	tcpAfter    = 2500 * time.Millisecond
+	tcpAfter    = 2 * time.Second
 	// tcpFor is how long TCP is used at once after UDP has proven not to work.
 	tcpFor = time.Minute
 	// An association is given up after this many questions or this long: its source port is not new for each question, so that a forger

@@ -18,8 +18,9 @@ import (
 const (
 	// maxCalls bounds the questions that are being asked of servers at a time. A page load is a hundred; beyond the bound: SERVFAIL.
 	maxCalls = 1024
-	// callTimeout is how long servers are asked in all. glibc asks a second time after 5 s and gives up after 10.
-	callTimeout = 10 * time.Second
+	// callTimeout is how long servers are asked in all. glibc and dig stop listening for an answer after 5 s: a SERVFAIL later than that
+	// would be silence to them.
+	callTimeout = 4 * time.Second
 	// staleAfter is how long someone waits for a server while a stale answer lies ready (RFC 8767 section 5).
 	staleAfter = 1800 * time.Millisecond
 	// hostsTTL is short, since a reload can change hosts.
