@@ -110,7 +110,9 @@ func (g *guard) prerouting() {
 		}
 		if c.Mode != ModeGlobal {
 			// The reverse path of what comes out of the TUN is looked up with the context's mark: the main table may have no route at all.
-			pre.rules = append(pre.rules, rule(stIface{name: c.TUN}, g.set(false, ContextMark(g.spec.Mask, c.Slot))))
+			// What the kernel answers by itself (a reset, say) goes back by the connection's mark.
+			ctx := ContextMark(g.spec.Mask, c.Slot)
+			pre.rules = append(pre.rules, rule(stIface{name: c.TUN}, g.set(true, ctx), g.set(false, ctx)))
 		}
 		pre.rules = append(pre.rules, rule(stIface{name: c.TUN}, ret()))
 	}
@@ -161,6 +163,9 @@ func (g *guard) output() {
 		}
 	}
 	add(g.mark(true, inbound), g.set(false, inbound), accept())
+	// Time-wait, resets, the last packets of closed sockets: by the connection. Not those of a living socket elsewhere, which may have got the
+	// same ports.
+	orphans := nfChain{name: "orphans", rules: []nfRule{rule(stOwned{}, ret())}}
 	for _, c := range g.contexts {
 		if c.Mode == ModeGlobal {
 			continue
@@ -169,7 +174,11 @@ func (g *guard) output() {
 		for _, ref := range c.Cgroups {
 			add(stCgroup{ref}, g.set(true, ctx), g.set(false, ctx), accept())
 		}
-		add(g.mark(true, ctx), g.set(false, ctx), accept())
+		orphans.rules = append(orphans.rules, rule(g.mark(true, ctx), g.set(false, ctx), accept()))
+	}
+	if len(orphans.rules) > 1 {
+		g.chain(orphans)
+		add(jump(orphans.name))
 	}
 	if g.global {
 		// 0x4c to 0x4f in one comparison: nobody else's business. Without a global context nothing depends on them, and they may be another

@@ -15,6 +15,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -145,6 +146,7 @@ func newLab(t *testing.T) *lab {
 	l := &lab{t: t, dir: t.TempDir(), farSeen: newSeen(), tunSeen: newSeen()}
 	l.far = newNetns(t)
 	l.client = newNetns(t)
+	l.inside()
 	l.sh("ip link set lo up")
 	veth := &vnl.Veth{LinkAttrs: vnl.LinkAttrs{Name: "c0"}, PeerName: "c1", PeerNamespace: vnl.NsFd(int(l.far.Fd()))}
 	if err := vnl.LinkAdd(veth); err != nil {
@@ -302,7 +304,10 @@ func helperMain() {
 	var kept net.Conn
 	var ls []net.Listener
 	for sc := bufio.NewScanner(os.Stdin); sc.Scan(); {
-		f := append(strings.Fields(sc.Text()), "", "", "0", "-")
+		f := strings.Fields(sc.Text())
+		for _, none := range []string{"", "", "0", "0", "-"}[min(len(f), 5):] {
+			f = append(f, none)
+		}
 		var err error
 		switch f[0] {
 		case "udp", "tcp", "ping":
@@ -337,6 +342,30 @@ func helperMain() {
 	runtime.KeepAlive(ls)
 }
 
+// listenFar accepts and keeps one connection, on the far side.
+func (l *lab) listenFar(addr string) {
+	l.t.Helper()
+	ln, err := net.Listen("tcp", addr)
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	conns := make(chan net.Conn, 1)
+	go func() {
+		defer close(conns)
+		if c, err := ln.Accept(); err == nil {
+			conns <- c
+		}
+	}()
+	l.t.Cleanup(func() {
+		ln.Close()
+		for c := range conns {
+			c.Close()
+		}
+	})
+}
+
+func itoa(n int) string { return strconv.Itoa(n) }
+
 // outside is a cgroup of the machine that has nothing to do with us.
 func (l *lab) outside() int {
 	l.t.Helper()
@@ -370,11 +399,22 @@ func (l *lab) await(what string, ok func() bool) {
 // sh runs shell commands in the thread's namespace.
 func (l *lab) sh(script string) string {
 	l.t.Helper()
+	l.inside()
 	out, err := exec.Command("/bin/sh", "-ec", script).CombinedOutput()
 	if err != nil {
 		l.t.Fatalf("%s: %v\n%s", script, err, out)
 	}
 	return string(out)
+}
+
+// inside makes sure that the thread is in a namespace of the lab: a subtest runs on a thread of its own, which is not.
+func (l *lab) inside() {
+	l.t.Helper()
+	var here, client, far unix.Stat_t
+	err := errors.Join(unix.Stat("/proc/thread-self/ns/net", &here), unix.Fstat(int(l.client.Fd()), &client), unix.Fstat(int(l.far.Fd()), &far))
+	if err != nil || here.Ino != client.Ino && here.Ino != far.Ino {
+		l.t.Fatalf("not in the lab's namespaces (%v): make the lab in the subtest", err)
+	}
 }
 
 // state is everything that cleanup must leave as it was.
@@ -486,6 +526,7 @@ func (l *lab) openTUN(name string) {
 	}
 	f := os.NewFile(uintptr(fd), "tun")
 	l.tun = f
+	to := l.tunSeen
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		b := make([]byte, 65536)
@@ -497,7 +538,7 @@ func (l *lab) openTUN(name string) {
 				}
 				continue // EIO while the device is down
 			}
-			l.tunSeen.add(describe(b[:n]))
+			to.add(describe(b[:n]))
 		}
 	})
 	l.t.Cleanup(func() { f.Close(); wg.Wait() })
@@ -530,7 +571,10 @@ func udp(dst netip.Addr, port int, opts ...func(fd int) error) func(*lab) error 
 }
 
 func send(typ, proto int, dst netip.Addr, port int, payload []byte, opts ...func(fd int) error) func(*lab) error {
-	return func(*lab) error {
+	return func(l *lab) error {
+		if l != nil {
+			l.inside()
+		}
 		fd, err := unix.Socket(domain(dst), typ|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, proto)
 		if err != nil {
 			return err

@@ -104,6 +104,7 @@ type (
 	stToLocal struct{} // the destination is an address of this machine
 	stCgroup  struct{ ref CgroupRef }
 	stUID     struct{ uid uint32 }
+	stOwned   struct{} // sent by a socket that a process has open
 	stCounter struct{ name string }
 	stDNAT    struct{ port uint16 } // redirect to a local port
 	stVerdict struct{ verb, chain string }
@@ -187,6 +188,7 @@ func (s stCgroup) String() string {
 	return fmt.Sprintf("socket cgroupv2 level %d %q", s.ref.Level, strings.TrimPrefix(s.ref.Path, "/"))
 }
 func (s stUID) String() string     { return fmt.Sprintf("meta skuid %d", s.uid) }
+func (stOwned) String() string     { return "meta skuid <= 4294967295" }
 func (s stCounter) String() string { return "counter name " + s.name }
 func (s stDNAT) String() string    { return fmt.Sprintf("redirect to :%d", s.port) }
 func (s stVerdict) String() string { return strings.TrimSpace(s.verb + " " + s.chain) }

@@ -86,6 +86,9 @@ func stmtExprs(s nfStmt) ([]expr.Any, error) {
 
 func stmtExprs2(s nfStmt) ([]expr.Any, error) {
 	switch s := s.(type) {
+	case stOwned:
+		// The load itself fails without a process: any value will do.
+		return []expr.Any{&expr.Meta{Key: expr.MetaKeySKUID, Register: reg1}, &expr.Cmp{Op: expr.CmpOpLte, Register: reg1, Data: native32(^uint32(0))}}, nil
 	case stCtNew:
 		const stateNew = 8 // NF_CT_STATE_BIT(IP_CT_NEW)
 		return []expr.Any{&expr.Ct{Key: expr.CtKeySTATE, Register: reg1}, masked(native32(stateNew), native32(0)), cmpReg(true, native32(0))}, nil

@@ -14,6 +14,8 @@ const (
 	// settle lets a burst of changes (a link coming up, our own transaction) end before the kernel is read. What was deleted has to be back
 	// within a second.
 	settle = 50 * time.Millisecond
+	// pause after a repair keeps a stream of route updates from keeping us busy.
+	pause = 100 * time.Millisecond
 	// recheck finds what brings no event: settings, and cgroups that have become empty.
 	recheck = 30 * time.Second
 	// watchRetry is the pause after the netlink sockets have failed.
@@ -72,6 +74,7 @@ func (m *Manager) reconcile(ctx context.Context, events <-chan struct{}) {
 			// Whatever it was (a device that vanished between look and touch), the next event or tick tries again.
 			m.log.Warn("kernel state not repaired", zap.Error(err))
 		}
+		wait(ctx, pause)
 	}
 }
 
