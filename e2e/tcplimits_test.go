@@ -142,6 +142,26 @@ func TestFlowTableFull(t *testing.T) {
 	}
 }
 
+// TestKeepAlive shows that the socket to the upstream has a keep-alive timer while nothing moves, so that idle connections live for hours.
+func TestKeepAlive(t *testing.T) {
+	t.Parallel()
+	l := lab.New(t, lab.Options{})
+	s := l.Dante(t, 1080, false)
+	m := l.Mprox(t)
+	m.Up("--proxy", s.URL())
+	c := dialOrigin(t, l, lab.OriginV4, lab.PortHold)
+	fmt.Fprint(c, "x\n")
+	if _, err := io.ReadFull(c, make([]byte, 2)); err != nil {
+		t.Fatal(err)
+	}
+	if !lab.Poll(lab.Patience, func() bool {
+		out, err := l.Client.Output(t.Context(), "ss", "-Htno", "state", "established", "dst", s.Addr.String())
+		return err == nil && strings.Contains(out, "timer:(keepalive,")
+	}) {
+		t.Error("no keep-alive timer on the connection to the upstream")
+	}
+}
+
 // TestManyConnections opens many connections at the same time; none may fail.
 func TestManyConnections(t *testing.T) {
 	t.Parallel()

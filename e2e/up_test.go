@@ -166,6 +166,11 @@ func TestInboundStaysDirect(t *testing.T) {
 	}
 	checkProxied(t, l)
 	older.check(t, "an older session at the end")
+	// A crash of the daemon must not lock the administrator out.
+	m.Kill()
+	older.check(t, "an older session after kill -9")
+	younger.check(t, "a younger session after kill -9")
+	startCat(t, l, sshTo).check(t, "a new session after kill -9")
 }
 
 // cat is an ssh session that echoes lines.

@@ -17,9 +17,12 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // The addresses of every lab. The LAN is private and so is a direct destination; all others are not.
@@ -70,8 +73,26 @@ type Lab struct {
 	name   string
 }
 
-// slots bounds how many labs exist at the same time: servers, engine and clients of two already fill two cores.
-var slots = make(chan struct{}, 2)
+// slots bounds how many labs exist at the same time on a machine, whatever process they are of: servers, engine and clients of two already
+// fill two cores.
+const slots = 2
+
+// takeSlot waits until there are less labs, and gives the slot back at the end of the test. The locks end with their process.
+func takeSlot(t *testing.T) {
+	t.Helper()
+	var files []*os.File
+	for i := range slots {
+		f, err := os.OpenFile(filepath.Join(os.TempDir(), fmt.Sprintf("%s-slot%d", namePrefix, i)), os.O_CREATE|os.O_RDWR, 0o600)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { f.Close() })
+		files = append(files, f)
+	}
+	Eventually(t, 10*time.Minute, "a slot for a lab is free", func() bool {
+		return slices.ContainsFunc(files, func(f *os.File) bool { return unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil })
+	})
+}
 
 var sweepOnce sync.Once
 
@@ -79,8 +100,7 @@ var sweepOnce sync.Once
 func New(t *testing.T, o Options) *Lab {
 	t.Helper()
 	RequireRoot(t)
-	slots <- struct{}{}
-	t.Cleanup(func() { <-slots })
+	takeSlot(t)
 	sweepOnce.Do(sweep)
 
 	l := &Lab{t: t, name: fmt.Sprintf("%s%d-%d", namePrefix, os.Getpid(), labSeq.Add(1))}
