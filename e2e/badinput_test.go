@@ -265,6 +265,32 @@ func TestSYNFlood(t *testing.T) {
 	checkLog(t, m)
 }
 
+// TestUDPFlood sends datagrams from very many sockets: associations and memory stay bounded, others are still served.
+func TestUDPFlood(t *testing.T) {
+	t.Parallel()
+	l := lab.New(t, lab.Options{})
+	s := l.Dante(t, 1080, false)
+	m := l.Mprox(t)
+	m.Up("--proxy", s.URL())
+	checkProxied(t, l)
+	w := newTunWriter(t, l, m.Status().Contexts[0].TUN)
+	before := m.RSS()
+	src := lab.ClientV4.As4()
+	for i := range 30_000 {
+		b := []byte{byte(i >> 8), byte(i), 0, lab.PortEcho, 0, 12, 0, 0, 'x', 'x', 'x', 'x'} // no checksum: legal in IPv4
+		w.send(false, ip4(17, b, func(h []byte) { h[12], h[13], h[14], h[15] = src[0], src[1], byte(i>>12), 2 }))
+	}
+	grown := m.RSS() - before
+	t.Logf("memory grew by %d MB, %d connections to the server", grown>>20, controlConns(t, l, s))
+	if grown > 512<<20 {
+		t.Errorf("memory grew by %d MB", grown>>20)
+	}
+	if !lab.Poll(30*time.Second, func() bool { return curl(t, l, "-m", "3", originURL(false, "/bytes/10")).Code == 0 }) {
+		t.Error("nobody is served after a flood of datagrams")
+	}
+	checkLog(t, m)
+}
+
 // fixTCPSum recomputes the TCP checksum of an IPv4 packet without options.
 func fixTCPSum(p []byte) {
 	b := p[20:]
