@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package dialers
+
+import (
+	"errors"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/mutex-proxy/mutex/flow"
+)
+
+var (
+	_ flow.UDPNamer = (*SOCKS5)(nil)
+	_ flow.UDPNamer = (*Direct)(nil)
+	_ flow.UDPNamer = (*resolving)(nil)
+	_ flow.UDPNamer = (*Pool)(nil)
+
+	_ flow.Waiter = (*association)(nil)
+	_ flow.Waiter = (*plainUDP)(nil)
+	_ flow.Waiter = (*namedPackets)(nil)
+)
+
+// UDPNames reports whether associations can be given names; one that there is none of cannot go wrong.
+func (s *SOCKS5) UDPNames() bool { return s.names || s.spec.UDP == UDPOff }
+
+// UDPNames reports that a direct socket sends to addresses only.
+func (d *Direct) UDPNames() bool { return false }
+
+// UDPNames is the upstream's own: resolving for it means the same DNS that flow has just asked in vain.
+func (r *resolving) UDPNames() bool {
+	n, ok := r.Dialer.(flow.UDPNamer)
+	return ok && n.UDPNames()
+}
+
+// UDPNames reports whether every member takes names: which one will carry an association is not known before. Members that carry no UDP
+// (HTTP, SOCKS4) do not say, and do not count.
+func (p *Pool) UDPNames() bool {
+	for _, d := range p.via {
+		if n, ok := d.(flow.UDPNamer); ok && !n.UDPNames() {
+			return false
+		}
+	}
+	return true
+}
+
+// WaitRead waits until there is something to read, for readers that hold no buffer meanwhile (flow.Waiter). The one goroutine that calls
+// ReadBatch calls it.
+func (c *batchConn) WaitRead() error {
+	return c.raw.Read(readable)
+}
+
+// readable reports whether a socket has a datagram or an error; false waits for one.
+func readable(fd uintptr) bool {
+	p := [1]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+	for {
+		n, err := unix.Poll(p[:], 0)
+		if !errors.Is(err, unix.EINTR) {
+			return n != 0 // with any other error, reading says what is wrong
+		}
+	}
+}
+
+// WaitRead is batchConn's, with the association's reasons.
+func (a *association) WaitRead() error { return a.why(a.batchConn.WaitRead()) }
+
+// WaitRead is batchConn's.
+func (p *plainUDP) WaitRead() error { return closedErr(p.batchConn.WaitRead()) }
+
+// WaitRead waits if the association below can.
+func (n *namedPackets) WaitRead() error {
+	if w, ok := n.PacketConn.(flow.Waiter); ok {
+		return w.WaitRead()
+	}
+	return nil
+}
