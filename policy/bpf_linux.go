@@ -61,7 +61,7 @@ func attachSockMark(cgroup int, value, mask uint32, cookie uint64) error {
 		}
 		return fmt.Errorf("load cgroup program: %w", err)
 	}
-	defer p.Close()
+	defer closeQuietly(p)
 	err = link.RawAttachProgram(link.RawAttachProgramOptions{
 		Target: cgroup, Program: p, Attach: ebpf.AttachCGroupInetSockCreate, Flags: unix.BPF_F_ALLOW_MULTI,
 	})

@@ -128,7 +128,7 @@ func (h *LinuxHost) MarkCgroup(p string, value, mask uint32) error {
 	if err != nil {
 		return err
 	}
-	defer unix.Close(fd)
+	defer closeFD(fd)
 	return attachSockMark(fd, value, mask, h.id.Cookie)
 }
 

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -43,7 +44,7 @@ func NewLinuxHost() (*LinuxHost, error) {
 	}
 	h := &LinuxHost{ns: ns}
 	if err := h.open(); err != nil {
-		h.Close()
+		closeQuietly(h)
 		return nil, err
 	}
 	return h, nil
@@ -89,7 +90,7 @@ func netnsCookie() uint64 {
 	if err != nil {
 		return 0
 	}
-	defer unix.Close(fd)
+	defer closeFD(fd)
 	c, err := unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
 	if err != nil {
 		return 0
@@ -231,10 +232,10 @@ func (h *LinuxHost) Watch(ctx context.Context, changed func()) error {
 		if err != nil {
 			return fmt.Errorf("netlink events: %w", err)
 		}
-		stop := context.AfterFunc(ctx, func() { c.Close() })
+		stop := context.AfterFunc(ctx, func() { closeQuietly(c) })
 		g.Go(func() error {
 			defer stop()
-			defer c.Close()
+			defer closeQuietly(c)
 			for _, group := range w.groups {
 				if err := c.JoinGroup(group); err != nil {
 					return fmt.Errorf("netlink events: %w", err)
@@ -298,3 +299,8 @@ func readInt(path string) int {
 	n, _ := strconv.Atoi(readString(path))
 	return n
 }
+
+// closeQuietly closes what only reads, or what an error has been returned about already.
+func closeQuietly(c io.Closer) { _ = c.Close() }
+
+func closeFD(fd int) { _ = unix.Close(fd) }

@@ -273,8 +273,10 @@ func TestBypass(t *testing.T) {
 	l.up()
 	bypass := BypassMark(DefaultMask)
 	mine := []way{
-		{"udp4", "> 198.51.100.1:4001", udp(remote4, 4001, mark(bypass))}, {"udp6", "> 2001:db8:ff::1:4002", udp(remote6, 4002, mark(bypass))},
-		{"tcp4", "> 198.51.100.1:4003", tcp(remote4, 4003, mark(bypass))}, {"tcp6", "> 2001:db8:ff::1:4004", tcp(remote6, 4004, mark(bypass))},
+		{"udp4", "> 198.51.100.1:4001", udp(remote4, 4001, mark(bypass))},
+		{"udp6", "> 2001:db8:ff::1:4002", udp(remote6, 4002, mark(bypass))},
+		{"tcp4", "> 198.51.100.1:4003", tcp(remote4, 4003, mark(bypass))},
+		{"tcp6", "> 2001:db8:ff::1:4004", tcp(remote6, 4004, mark(bypass))},
 		{"dns", "> 10.9.0.53:53", udp(netip.MustParseAddr("10.9.0.53"), 53, mark(bypass))},
 	}
 	l.mustPass(mine)

@@ -15,7 +15,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
-	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -147,18 +146,21 @@ func newLab(t *testing.T) *lab {
 	l.far = newNetns(t)
 	l.client = newNetns(t)
 	l.inside()
-	l.sh("ip link set lo up")
+	const noDAD = "for d in default all; do echo 0 > /proc/sys/net/ipv6/conf/$d/accept_dad; echo 0 > /proc/sys/net/ipv6/conf/$d/dad_transmits; done; "
+	l.sh(noDAD + "ip link set lo up")
 	veth := &vnl.Veth{LinkAttrs: vnl.LinkAttrs{Name: "c0"}, PeerName: "c1", PeerNamespace: vnl.NsFd(int(l.far.Fd()))}
 	if err := vnl.LinkAdd(veth); err != nil {
 		t.Fatal(err)
 	}
 	l.inFar(func() {
-		l.sh(`ip link set lo up; ip link set c1 up; ip addr add 10.9.0.1/24 dev c1; ip addr add 10.9.0.53/24 dev c1
+		l.sh(noDAD + `for i in accept_dad dad_transmits; do echo 0 > /proc/sys/net/ipv6/conf/c1/$i; done
+			ip link set lo up; ip link set c1 up; ip addr add 10.9.0.1/24 dev c1; ip addr add 10.9.0.53/24 dev c1
 			ip addr add 2001:db8:9::1/64 dev c1 nodad; ip addr add fd09::1/64 dev c1 nodad; ip addr add fd09::53/64 dev c1 nodad
 			ip addr add 198.51.100.1/32 dev lo; ip addr add 2001:db8:ff::1/128 dev lo; ip route add default via 10.9.0.2; ip -6 route add default via 2001:db8:9::2`)
 		l.capture("c1")
 	})
-	l.sh(`ip link set c0 up; ip addr add 10.9.0.2/24 dev c0; ip addr add 2001:db8:9::2/64 dev c0 nodad; ip addr add fd09::2/64 dev c0 nodad
+	l.sh(`for i in accept_dad dad_transmits; do echo 0 > /proc/sys/net/ipv6/conf/c0/$i; done
+		ip link set c0 up; ip addr add 10.9.0.2/24 dev c0; ip addr add 2001:db8:9::2/64 dev c0 nodad; ip addr add fd09::2/64 dev c0 nodad
 		ip route add default via 10.9.0.1; ip -6 route add default via 2001:db8:9::1`)
 	return l
 }
@@ -305,9 +307,7 @@ func helperMain() {
 	var ls []net.Listener
 	for sc := bufio.NewScanner(os.Stdin); sc.Scan(); {
 		f := strings.Fields(sc.Text())
-		for _, none := range []string{"", "", "0", "0", "-"}[min(len(f), 5):] {
-			f = append(f, none)
-		}
+		f = append(f, []string{"", "", "0", "0", "-"}[min(len(f), 5):]...)
 		var err error
 		switch f[0] {
 		case "udp", "tcp", "ping":
@@ -363,8 +363,6 @@ func (l *lab) listenFar(addr string) {
 		}
 	})
 }
-
-func itoa(n int) string { return strconv.Itoa(n) }
 
 // outside is a cgroup of the machine that has nothing to do with us.
 func (l *lab) outside() int {

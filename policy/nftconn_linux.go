@@ -63,7 +63,7 @@ func newNFTConn(netns int) (*nftConn, error) {
 	}
 	dump, err := open()
 	if err != nil {
-		batch.Close()
+		closeQuietly(batch)
 		return nil, err
 	}
 	return &nftConn{batch: batch, dump: dump, owned: make(map[string]bool)}, nil

@@ -283,8 +283,7 @@ func (h *LinuxHost) AddRoute(r Route) error {
 // DeleteRoute implements Host.
 func (h *LinuxHost) DeleteRoute(r Route) error {
 	nlr, err := h.route(r)
-	var gone vnl.LinkNotFoundError
-	if errors.As(err, &gone) {
+	if _, gone := errors.AsType[vnl.LinkNotFoundError](err); gone {
 		return nil // routes go with their device
 	}
 	if err == nil {

@@ -6,7 +6,6 @@ import (
 	"context"
 	"encoding/binary"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -303,10 +302,7 @@ func TestGhost(t *testing.T) {
 	}
 	h.stop()
 	l.sh("ip link set c0 mtu 1400") // any event
-	l.await("the ghost is gone", func() bool { _, err := os.Stat("/proc/self/fd/" + itoa(cg.FD()) + "/cgroup.procs"); return err != nil })
-	if s := l.state(); strings.Contains(s, "guard_159") {
-		t.Errorf("still there:\n%s", s)
-	}
+	l.awaitState(func(s string) bool { return !strings.Contains(s, "guard_159") })
 	if err := cg.Remove(); err != nil {
 		t.Fatal(err)
 	}

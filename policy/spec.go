@@ -13,8 +13,8 @@ import (
 // Defaults of the keys `kernel.*` of the configuration.
 const (
 	DefaultMask         uint32 = 0xff000000
-	DefaultTableBase           = 19760
-	DefaultRulePriority        = 8000
+	DefaultTableBase    int    = 19760
+	DefaultRulePriority int    = 8000
 )
 
 // MaxContexts is how many contexts the marks 0x50 to 0xef can tell apart.
