@@ -38,6 +38,7 @@ func TestCrashAnywhere(t *testing.T) {
 	t.Logf("start %v, stop %v, seed %d", startTime, stopTime, seed)
 	rnd := rand.New(rand.NewPCG(seed, 0))
 
+	debris := 0 // crashes that left something: without any, nothing was tested
 	for i := range crashes {
 		var where string
 		var delay time.Duration
@@ -60,6 +61,9 @@ func TestCrashAnywhere(t *testing.T) {
 			m.Up("-c", m.ConfigPath())
 			m.Kill()
 		}
+		if before.Diff(l.Snapshot(t)) != "" {
+			debris++
+		}
 		if r := m.CLI("cleanup"); r.Code != 0 {
 			t.Errorf("crash %d, %s after %v: cleanup: %v", i, where, delay, r)
 		}
@@ -70,6 +74,10 @@ func TestCrashAnywhere(t *testing.T) {
 		if i%10 == 9 {
 			lab.Progress("%s: %d of %d", t.Name(), i+1, crashes)
 		}
+	}
+	t.Logf("%d of %d crashes left something for cleanup", debris, crashes)
+	if debris < crashes/4 {
+		t.Errorf("only %d of %d crashes left something: the instants are badly chosen", debris, crashes)
 	}
 	if out := mustCurl(t, l, originURL(false, "/bytes/10")); len(out) != 10 {
 		t.Errorf("the network after all that: %q", out)
