@@ -82,7 +82,7 @@ func takeSlot(t *testing.T) {
 	t.Helper()
 	var files []*os.File
 	for i := range slots {
-		f, err := os.OpenFile(filepath.Join(os.TempDir(), fmt.Sprintf("%s-slot%d", namePrefix, i)), os.O_CREATE|os.O_RDWR, 0o600)
+		f, err := os.OpenFile(fmt.Sprintf("/run/%s-slot%d", namePrefix, i), os.O_CREATE|os.O_RDWR, 0o600)
 		if err != nil {
 			t.Fatal(err)
 		}
