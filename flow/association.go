@@ -113,8 +113,11 @@ func (s *session) prepare(ctx context.Context, p *peer) {
 // refuse answers what has waited, and for a while whatever else the application sends there.
 func (s *session) refuse(p *peer, err error) {
 	reason, pause := ReasonOf(err), refusedFor
-	if errors.Is(err, errors.ErrUnsupported) {
+	switch {
+	case errors.Is(err, errors.ErrUnsupported):
 		reason, pause = ReasonRefused, refusedLong // port unreachable: QUIC falls back to TCP at once
+	case errors.Is(err, ErrNoServers):
+		reason = ReasonRefused // "host unreachable" is a soft error, which no connected UDP socket is told of (RFC 1122 section 4.1.3.3)
 	}
 	s.mu.Lock()
 	held := s.takeHeldLocked(p)

@@ -217,7 +217,7 @@ func (s *session) open(ctx context.Context, dst netip.AddrPort, now time.Time) *
 	if err != nil {
 		e.decide(f, Decision{Rule: ruleUnmapped})
 		e.outcome(ResultFailed, err)
-		p.idle, p.refused, p.reason, p.retry = refusedFor, true, ReasonHostUnreachable, now.Add(refusedFor)
+		p.idle, p.refused, p.reason, p.retry = refusedFor, true, ReasonRefused, now.Add(refusedFor) // see refuse
 		return s.insert(ctx, p, e, func() {}, now)
 	}
 	d := s.h.decide(f, e)

@@ -70,7 +70,7 @@ func TestUDPFakeIPWithoutServersOrNames(t *testing.T) {
 		u.via.names = false
 		u.run()
 		u.send(fakeAddr.String(), "x")
-		u.want(nil, []string{fakeAddr.String() + " x host_unreachable"})
+		u.want(nil, []string{fakeAddr.String() + " x refused"})
 	})
 }
 

@@ -84,7 +84,7 @@ func TestUDPRefusals(t *testing.T) {
 		"no udp":         {always(Forward, &dialer{name: "up"}), "192.0.2.1:443", []string{"192.0.2.1:443 x refused"}},
 		"upstream fails": {always(Forward, refusing(ErrUpstream)), "192.0.2.1:443", []string{"192.0.2.1:443 x host_unreachable"}},
 		"no ipv6":        {always(Forward, refusing(ErrNetUnreachable)), "192.0.2.1:443", []string{"192.0.2.1:443 x net_unreachable"}},
-		"unmapped":       {always(Forward, refusing(nil)), "198.18.0.9:443", []string{"198.18.0.9:443 x host_unreachable"}},
+		"unmapped":       {always(Forward, refusing(nil)), "198.18.0.9:443", []string{"198.18.0.9:443 x refused"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
