@@ -47,8 +47,9 @@ func (o owns) route(r Route) bool {
 
 // applier brings the kernel from whatever it is to a plan. Order matters: what closes comes before what opens, in both directions.
 type applier struct {
-	host  Host
-	log   *zap.Logger
+	host Host
+	// warn logs once an object: what cannot be done is tried again with every event.
+	warn  func(object, msg string, fields ...zap.Field)
 	snap  Snapshot
 	owns  owns
 	plan  *Plan
@@ -88,7 +89,7 @@ func (a *applier) sysctls() error {
 		case errors.Is(err, os.ErrNotExist), errors.Is(err, unix.EROFS), errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM):
 			// /proc/sys is read-only in containers. Nothing leaks without them: with strict rp_filter replies may be lost, and inbound
 			// connections are answered only while the daemon lives.
-			a.log.Warn("setting cannot be changed", zap.String("sysctl", s.Key), zap.String("value", s.Value), zap.Error(err))
+			a.warn(s.Key, "setting cannot be changed", zap.String("sysctl", s.Key), zap.String("value", s.Value), zap.Error(err))
 		default:
 			return fmt.Errorf("sysctl %s=%s: %w", s.Key, s.Value, err)
 		}
@@ -168,7 +169,7 @@ func (a *applier) addRoutes(which func(Route) bool) error {
 		case a.toDirect(r), r.V6() && errors.Is(err, unix.EACCES):
 			// A link that has just gone down or lost its address; or IPv6 switched off by sysctl. The next event brings the next try;
 			// until then that destination is closed, by the route behind this one or by the guard.
-			a.log.Warn("route cannot be added", zap.Stringer("route", r), zap.Error(err))
+			a.warn(r.String(), "route cannot be added", zap.Stringer("route", r), zap.Error(err))
 		default:
 			return err
 		}

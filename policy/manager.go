@@ -11,7 +11,6 @@ import (
 	"path"
 	"reflect"
 	"slices"
-	"strings"
 	"sync"
 
 	"go.uber.org/zap"
@@ -57,8 +56,9 @@ type Manager struct {
 	base      Snapshot // what is read once: features, sockets, daemon, excluded
 	journal   journal
 	locks     *locks
-	slots     map[int]bool  // locked by us
-	ghosts    []ContextSpec // contexts of a crashed instance, or ended ones, whose processes live on: blocked
+	slots     map[int]bool    // locked by us
+	ghosts    []ContextSpec   // contexts of a crashed instance, or ended ones, whose processes live on: blocked
+	warned    map[string]bool // what has been logged already
 	nftText   map[string]string
 	nftPrint  map[string]string
 	restored  map[string]uint64
@@ -72,7 +72,7 @@ func NewManager(cfg Config) *Manager {
 	cfg = cfg.withDefaults()
 	return &Manager{
 		cfg: cfg, host: cfg.Host, log: cfg.Log, slots: map[int]bool{}, nftText: map[string]string{}, nftPrint: map[string]string{},
-		restored: map[string]uint64{},
+		restored: map[string]uint64{}, warned: map[string]bool{},
 	}
 }
 
@@ -129,7 +129,11 @@ func (m *Manager) Prepare(ctx context.Context, spec Spec) (err error) {
 	}
 	if err != nil && !adopted { // what a crash has left closed stays closed
 		t := teardown{host: m.host, log: m.log, journal: m.journal}
-		err = errors.Join(err, t.run(context.WithoutCancel(ctx)), os.Remove(spec.Instance.Journal))
+		if uerr := t.run(context.WithoutCancel(ctx)); uerr != nil {
+			err = errors.Join(err, uerr) // the journal stays, for cleanup
+		} else {
+			err = errors.Join(err, os.Remove(spec.Instance.Journal))
+		}
 	}
 	if err != nil {
 		return err
@@ -204,7 +208,7 @@ func (m *Manager) convergeLocked(ctx context.Context, spec Spec, repair bool) er
 	if err := m.recordLocked(spec, plan); err != nil {
 		return err
 	}
-	a := applier{host: m.host, log: m.log, snap: snap, plan: plan, nftText: m.nftText, nftPrint: m.nftPrint}
+	a := applier{host: m.host, warn: m.warnLocked, snap: snap, plan: plan, nftText: m.nftText, nftPrint: m.nftPrint}
 	a.replacing = m.keepDroppedLocked
 	a.owns = ownsOf(Spec{Instance: spec.Instance, TableBase: spec.TableBase, RulePriority: spec.RulePriority, Contexts: m.journal.spec().Contexts})
 	a.count = func(object string, n int) {
@@ -216,6 +220,20 @@ func (m *Manager) convergeLocked(ctx context.Context, spec Spec, repair bool) er
 		return err
 	}
 	return m.forgetLocked(spec)
+}
+
+// maxWarned bounds what is remembered to have been logged; devices come and go.
+const maxWarned = 1000
+
+func (m *Manager) warnLocked(object, msg string, fields ...zap.Field) {
+	if m.warned[object] {
+		return
+	}
+	if len(m.warned) >= maxWarned {
+		clear(m.warned)
+	}
+	m.warned[object] = true
+	m.log.Warn(msg, fields...)
 }
 
 // recordLocked writes the journal with what is about to be changed, if that is not in it yet.
@@ -250,76 +268,6 @@ func (m *Manager) forgetLocked(spec Spec) error {
 		return nil
 	}
 	return m.journal.write(spec.Instance.Journal)
-}
-
-// loadJournalLocked starts the journal, from the one a crashed instance left if there is one.
-func (m *Manager) loadJournalLocked(spec Spec) (adopted bool, err error) {
-	m.journal = newJournal(spec, m.host.Netns())
-	old, err := readJournal(spec.Instance.Journal)
-	switch {
-	case errors.Is(err, os.ErrNotExist):
-		// Left-overs without a journal are found by our protocol number, and swapped like any others.
-	case err != nil:
-		m.log.Error("the journal of the last run cannot be read: settings it changed are not restored", zap.Error(err))
-	case old.Netns != m.host.Netns():
-		m.log.Info("the journal is of another network namespace or another boot: nothing of it is here")
-	default:
-		adopted = true
-		if err := m.adoptLocked(old, spec); err != nil {
-			return true, err
-		}
-	}
-	return adopted, m.journal.write(spec.Instance.Journal)
-}
-
-// adoptLocked takes over what a crashed instance has left: its settings' old values, its cgroups, and the contexts whose processes live.
-func (m *Manager) adoptLocked(old journal, spec Spec) error {
-	if old.TableBase != spec.TableBase || old.RulePriority != spec.RulePriority || old.Mask != spec.Mask {
-		return fmt.Errorf("%w: a crashed mprox left its state under other kernel.* settings: run `mprox cleanup` first", ErrConflict)
-	}
-	m.journal.Sysctls, m.journal.Cgroups, m.journal.Moved = maps.Clone(old.Sysctls), old.Cgroups, old.Moved
-	// Conntrack has been watching since: what it does not know now is no server's connection.
-	m.base.Sockets, m.journal.Sockets, m.observed = old.Sockets, old.Sockets, len(old.Contexts) > 0
-	m.journal.Contexts = old.Contexts
-	for _, c := range old.Contexts {
-		if c.Mode == ModeGlobal || !m.populated(c.Cgroups) {
-			continue
-		}
-		if i := slices.IndexFunc(spec.Contexts, func(x ContextSpec) bool { return x.Slot == c.Slot }); i >= 0 {
-			if spec.Contexts[i].Mode == ModeGlobal {
-				return fmt.Errorf("%w: processes of %q that survived a crash hold slot %d: end them, or run `mprox cleanup`", ErrConflict, c.Name, c.Slot)
-			}
-			continue // it is captured by the context that has the slot now
-		}
-		if ok, err := m.locks.slot(c.Slot); err != nil || !ok {
-			return errors.Join(err, fmt.Errorf("%w: slot %d is in use", ErrConflict, c.Slot))
-		}
-		m.slots[c.Slot] = true
-		name, _, _ := strings.Cut(c.Name, " (crashed")
-		m.ghosts = append(m.ghosts, ContextSpec{Name: fmt.Sprintf("%s (crashed, slot %d)", name, c.Slot), Slot: c.Slot, Mode: c.Mode, Cgroups: c.Cgroups})
-	}
-	m.ghosts = Spec{Contexts: m.ghosts}.withDefaults().Contexts
-	return nil
-}
-
-func (m *Manager) populated(refs []CgroupRef) bool {
-	return slices.ContainsFunc(refs, func(r CgroupRef) bool {
-		pids, err := m.host.CgroupProcs(r.Path)
-		return err != nil && !errors.Is(err, os.ErrNotExist) || len(pids) > 0
-	})
-}
-
-// dropGhostsLocked forgets the contexts whose last process has gone.
-func (m *Manager) dropGhostsLocked() {
-	m.ghosts = slices.DeleteFunc(m.ghosts, func(c ContextSpec) bool {
-		if m.populated(c.Cgroups) {
-			return false
-		}
-		for _, r := range c.Cgroups {
-			m.removeCgroupLocked(r.Path)
-		}
-		return true
-	})
 }
 
 // observeLocked lists the sockets that are older than the guard. Conntrack is switched on first, by a table that does nothing: from then on

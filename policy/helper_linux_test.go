@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package policy
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"runtime"
+	"strings"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// helper is a process of its own that sends what it is told.
+type helper struct {
+	t   *testing.T
+	cmd *exec.Cmd
+	in  io.WriteCloser
+	out *bufio.Reader
+}
+
+// spawn starts a helper in a cgroup, given by its descriptor.
+func (l *lab) spawn(cgroup int) *helper {
+	l.t.Helper()
+	exe, err := os.Executable()
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	h := &helper{t: l.t, cmd: exec.Command(exe)}
+	h.cmd.Env = append(os.Environ(), "POLICY_TEST_HELPER=1")
+	h.cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: cgroup}
+	out, err := h.cmd.StdoutPipe()
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	h.out = bufio.NewReader(out)
+	if h.in, err = h.cmd.StdinPipe(); err != nil {
+		l.t.Fatal(err)
+	}
+	h.cmd.Stderr = os.Stderr
+	if err := h.cmd.Start(); err != nil {
+		l.t.Fatal(err)
+	}
+	l.t.Cleanup(h.stop)
+	return h
+}
+
+func (h *helper) stop() {
+	h.in.Close()
+	_ = h.cmd.Wait()
+}
+
+// do runs one command of helperMain and returns what it says.
+func (h *helper) do(format string, args ...any) string {
+	h.t.Helper()
+	if _, err := fmt.Fprintf(h.in, format+"\n", args...); err != nil {
+		h.t.Fatal(err)
+	}
+	line, err := h.out.ReadString('\n')
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	return strings.TrimSpace(line)
+}
+
+// way is a way to send that is the helper's.
+func (h *helper) way(name, want, format string, args ...any) way {
+	return way{name: name, want: want, send: func(*lab) error {
+		if s := h.do(format, args...); s != "ok" {
+			return errors.New(s)
+		}
+		return nil
+	}}
+}
+
+// helperMain obeys `udp|tcp|ping ADDR PORT MARK DEVICE` (0 and - for none), `keep ADDR PORT` (a TCP connection that stays), `write` (into
+// it), `listen PORT`, `orphan` (a child of its own session takes over).
+func helperMain() {
+	var kept net.Conn
+	var ls []net.Listener
+	for sc := bufio.NewScanner(os.Stdin); sc.Scan(); {
+		f := strings.Fields(sc.Text())
+		f = append(f, []string{"", "", "0", "0", "-"}[min(len(f), 5):]...)
+		var err error
+		switch f[0] {
+		case "udp", "tcp", "ping":
+			var port int
+			var m uint32
+			_, _ = fmt.Sscan(f[2], &port)
+			_, _ = fmt.Sscan(f[3], &m)
+			opts := []func(int) error{}
+			if m != 0 {
+				opts = append(opts, mark(m))
+			}
+			if f[4] != "-" && f[4] != "" {
+				opts = append(opts, device(f[4]))
+			}
+			dst := netip.MustParseAddr(f[1])
+			err = map[string]func(*lab) error{"udp": udp(dst, port, opts...), "tcp": tcp(dst, port, opts...), "ping": ping(dst, opts...)}[f[0]](nil)
+		case "keep":
+			kept, err = net.Dial("tcp", net.JoinHostPort(f[1], f[2]))
+		case "write":
+			_, err = kept.Write([]byte("hello"))
+		case "listen":
+			var ln net.Listener
+			ln, err = net.Listen("tcp", ":"+f[1])
+			ls = append(ls, ln)
+		}
+		if err != nil {
+			fmt.Println(err)
+			continue
+		}
+		fmt.Println("ok")
+	}
+	runtime.KeepAlive(ls)
+}
+
+// listenFar accepts and keeps one connection, on the far side.
+func (l *lab) listenFar(addr string) {
+	l.t.Helper()
+	ln, err := net.Listen("tcp", addr)
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	conns := make(chan net.Conn, 1)
+	go func() {
+		defer close(conns)
+		if c, err := ln.Accept(); err == nil {
+			conns <- c
+		}
+	}()
+	l.t.Cleanup(func() {
+		ln.Close()
+		for c := range conns {
+			c.Close()
+		}
+	})
+}
+
+// outside is a cgroup of the machine that has nothing to do with us.
+func (l *lab) outside() int {
+	l.t.Helper()
+	path := fmt.Sprintf("/test-%d-%d", os.Getpid(), l.host.Netns().Inode)
+	if _, err := l.host.MakeCgroup(path); err != nil {
+		l.t.Fatal(err)
+	}
+	fd, err := l.host.OpenCgroup(path)
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	l.t.Cleanup(func() {
+		unix.Close(fd)
+		l.await("cgroup is empty", func() bool { return l.host.RemoveCgroup(path) == nil })
+	})
+	return fd
+}
