@@ -56,9 +56,6 @@ func New(name string, s Spec, n *Net) (flow.Dialer, error) {
 	case SchemeSOCKS5, SchemeSOCKS5h, SchemeSOCKS5s:
 		return newSOCKS5(name, s, n), nil
 	case SchemeHTTP, SchemeHTTPS:
-		if s.Auth == "digest" {
-			return nil, fmt.Errorf("upstream %s: auth=digest: %w", name, flow.ErrNotSupported)
-		}
 		return newHTTP(name, s, n), nil
 	case SchemeReject, SchemeDrop:
 		return nil, fmt.Errorf("upstream %s: %s is an action, not a server to dial", name, s.Scheme)

@@ -5,7 +5,6 @@ package dialers
 import (
 	"context"
 	"crypto/tls"
-	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
@@ -29,10 +28,11 @@ const (
 )
 
 // HTTP is an HTTP proxy asked with CONNECT (RFC 9110 section 9.3.6), in the clear or inside TLS (https). It is sent names. Credentials
-// are Basic (RFC 7617) or Bearer (RFC 6750). It carries no UDP.
+// are Basic (RFC 7617), Digest (RFC 7616) or Bearer (RFC 6750). It carries no UDP.
 type HTTP struct {
 	upstream
-	tls *tls.Config // nil for http
+	tls    *tls.Config // nil for http
+	digest digest
 }
 
 func newHTTP(name string, s Spec, n *Net) *HTTP {
@@ -81,86 +81,45 @@ func (h *HTTP) dial(ctx context.Context, dst flow.Addr) (flow.Conn, error) {
 	case v6 && !h.ipv6.allowed():
 		return nil, h.wrap(op, fmt.Errorf("%w: the upstream has no IPv6", flow.ErrNetUnreachable))
 	}
-	tcp, err := h.connect(ctx)
-	if err != nil {
-		return nil, err
-	}
-	var conn flow.Conn = tcp
-	err = handshake(ctx, tcp, func() error {
-		if h.tls == nil {
-			return h.request(tcp, &socketHead{c: tcp}, dst)
-		}
-		tc, err := secure(ctx, tcp, h.tls)
-		if err != nil {
-			return err
-		}
-		head := &streamHead{r: tc}
-		err = h.request(tc, head, dst)
-		conn = &tlsConn{Conn: tc.(*tlsConn).Conn, tcp: tcp, head: head.left}
-		return err
-	})
+	conn, err := h.ask(ctx, op, dst)
 	if v6 {
 		h.learnIPv6(err)
 	}
-	if err != nil {
+	return conn, err
+}
+
+// ask makes connections to the proxy until one of them is through to dst. A second one is needed where a proxy asks for credentials and
+// closes.
+func (h *HTTP) ask(ctx context.Context, op string, dst flow.Addr) (flow.Conn, error) {
+	var l login
+	for {
+		tcp, err := h.connect(ctx)
+		if err != nil {
+			return nil, err
+		}
+		var conn flow.Conn = tcp
+		err = handshake(ctx, tcp, func() error {
+			if h.tls == nil {
+				return h.converse(tcp, &socketHead{c: tcp}, dst, &l)
+			}
+			tc, err := secure(ctx, tcp, h.tls)
+			if err != nil {
+				return err
+			}
+			head := &streamHead{r: tc}
+			err = h.converse(tc, head, dst, &l)
+			conn = &tlsConn{Conn: tc.(*tlsConn).Conn, tcp: tcp, head: head.left}
+			return err
+		})
+		if err == nil {
+			h.track(tcp)
+			return conn, nil
+		}
 		tcp.Abort()
-		return nil, h.ended(ctx, op, err)
-	}
-	h.track(tcp)
-	return conn, nil
-}
-
-// request sends CONNECT and reads the reply up to the end of its header.
-func (h *HTTP) request(c io.ReadWriter, head headReader, dst flow.Addr) error {
-	req, secrets := h.head(dst)
-	_, err := c.Write(req)
-	clear(req)
-	if err != nil {
-		return fmt.Errorf("request: %w: %w", flow.ErrUpstream, err)
-	}
-	raw, err := readHead(head)
-	if err != nil {
-		if timedOut(err) {
-			// Whether the proxy hangs or the destination does cannot be told apart.
-			return fmt.Errorf("%w: no reply", flow.ErrTimeout)
+		if !errors.Is(err, errReconnect) {
+			return nil, h.ended(ctx, op, err)
 		}
-		if len(raw) == 0 && errors.Is(err, io.EOF) {
-			return fmt.Errorf("%w: %w", flow.ErrHostUnreachable, errNoReply)
-		}
-		return fmt.Errorf("reply: %w: %w", flow.ErrUpstream, noEOF(err))
 	}
-	r, err := parseHead(raw)
-	if err != nil {
-		return fmt.Errorf("reply: %w: %w", flow.ErrUpstream, err)
-	}
-	if r.status/100 == 2 {
-		return nil
-	}
-	return &statusError{cause: r.meaning(), text: quote(r.describe(head.body()), secrets...)}
-}
-
-// head returns the request, and what of it must never be shown again.
-func (h *HTTP) head(dst flow.Addr) (req []byte, secrets []string) {
-	target := flow.Addr{Host: dst.Host, IP: dst.IP.Unmap().WithZone(""), Port: dst.Port}.String()
-	req = append(req, "CONNECT "+target+" HTTP/1.1\r\nHost: "+target+"\r\n"...)
-	cred := ""
-	switch token := h.spec.Token; {
-	case h.spec.Auth == "bearer" && token.IsZero():
-		token = h.spec.Password
-		fallthrough
-	case !token.IsZero():
-		cred = "Bearer " + token.Reveal()
-		secrets = append(secrets, token.Reveal())
-	case h.spec.HasUser:
-		plain := h.spec.Username + ":" + h.spec.Password.Reveal()
-		code := base64.StdEncoding.EncodeToString([]byte(plain))
-		cred = "Basic " + code
-		secrets = append(secrets, code, h.spec.Password.Reveal())
-	}
-	if cred != "" {
-		req = append(req, "Proxy-Authorization: "+cred+"\r\n"...)
-	}
-	return append(req, "\r\n"...), secrets
 }
 
 // headReader hands out the bytes of a reply's header, and keeps what follows it.
@@ -169,6 +128,8 @@ type headReader interface {
 	more(scan func([]byte) int) ([]byte, error)
 	// body returns the first bytes of an error page, if there are any now.
 	body() []byte
+	// drop reads the n bytes of a body and forgets them.
+	drop(n int64) error
 }
 
 // readHead reads headers until one that is not 1xx, and returns that.
@@ -259,6 +220,11 @@ func (s *socketHead) more(scan func([]byte) int) ([]byte, error) {
 
 func (s *socketHead) body() []byte { return errorPage(s.c) }
 
+func (s *socketHead) drop(n int64) error {
+	_, err := io.CopyN(io.Discard, struct{ io.Reader }{s.c}, n)
+	return err
+}
+
 // streamHead reads a header from a stream that cannot be looked into (TLS). What it reads too much is in left.
 type streamHead struct {
 	r    net.Conn
@@ -288,6 +254,13 @@ func (s *streamHead) body() []byte {
 		return s.left
 	}
 	return errorPage(s.r)
+}
+
+func (s *streamHead) drop(n int64) error {
+	k := min(n, int64(len(s.left)))
+	s.left = s.left[k:]
+	_, err := io.CopyN(io.Discard, s.r, n-k)
+	return err
 }
 
 // errorPage reads the first bytes of an error page. The connection is of no use afterwards.

@@ -201,7 +201,7 @@ func TestHTTPBearer(t *testing.T) {
 		{Auth: "bearer", HasUser: true, Password: NewSecret("tok")}, {Token: NewSecret("tok")}, {Auth: "bearer", Token: NewSecret("tok"), Password: NewSecret("x")},
 	} {
 		p.Scheme, p.Host = SchemeHTTP, "h"
-		req, secrets := newHTTP("up", p, NewNet(NetConfig{})).head(addr(t, "a:1"))
+		req, secrets := newHTTP("up", p, NewNet(NetConfig{})).head(addr(t, "a:1"), new(login))
 		if !bytes.Contains(req, []byte("\r\nProxy-Authorization: Bearer tok\r\n")) || len(secrets) != 1 {
 			t.Errorf("%q %q", req, secrets)
 		}

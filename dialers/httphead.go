@@ -20,6 +20,12 @@ type response struct {
 	reason string
 	squid  string // X-Squid-Error: a name and the errno of connect(2)
 	proxy  string // Proxy-Status (RFC 9209)
+
+	challenges []string // Proxy-Authenticate
+	nextnonce  string   // of Proxy-Authentication-Info (RFC 7616 section 3.5)
+	old        bool     // HTTP/1.0
+	connection string   // Connection and Proxy-Connection
+	length     int64    // of the body; -1 = until the connection ends, or not known without reading it
 }
 
 // parseHead reads a header (RFC 9112 section 4). Fields that do not matter are not looked at: a proxy with a malformed one still works.
@@ -34,20 +40,55 @@ func parseHead(raw []byte) (response, error) {
 	if err != nil || status < 100 {
 		return response{}, errors.New("invalid status " + strconv.Quote(quote(string(line))))
 	}
-	r := response{status: status, reason: strings.TrimSpace(string(line[12:]))}
+	r := response{status: status, reason: strings.TrimSpace(string(line[12:])), old: line[7] == '0', length: -1}
+	chunked := false
 	for f := range bytes.SplitSeq(rest, []byte("\n")) {
 		name, value, ok := strings.Cut(string(f), ":")
 		if !ok {
 			continue
 		}
+		value = strings.TrimSpace(value)
 		switch strings.ToLower(name) {
 		case "x-squid-error":
-			r.squid = strings.TrimSpace(value)
+			r.squid = value
 		case "proxy-status":
-			r.proxy = strings.TrimSpace(value)
+			r.proxy = value
+		case "proxy-authenticate":
+			if len(r.challenges) < maxChallenges {
+				r.challenges = append(r.challenges, value)
+			}
+		case "proxy-authentication-info":
+			if c := ParseChallenges("info " + value); len(c) == 1 {
+				r.nextnonce = c[0].Params["nextnonce"]
+			}
+		case "connection", "proxy-connection":
+			r.connection += "," + strings.ToLower(value)
+		case "content-length":
+			if n, err := strconv.ParseUint(value, 10, 63); err == nil {
+				r.length = int64(n)
+			}
+		case "transfer-encoding":
+			chunked = true
 		}
 	}
+	if chunked {
+		r.length = -1
+	}
 	return r, nil
+}
+
+// keeps reports whether another request can follow on the same connection (RFC 9112 section 9.3).
+func (r *response) keeps() bool {
+	alive, closes := false, r.old
+	for option := range strings.SplitSeq(r.connection, ",") {
+		switch strings.TrimSpace(option) {
+		case "keep-alive":
+			alive = true
+		case "close":
+			return false
+		}
+	}
+	return (alive || !closes) && r.length >= 0 && r.length <= maxDropped
 }
 
 // hasStatus reports whether raw starts with the status.

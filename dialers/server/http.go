@@ -11,6 +11,7 @@ import (
 	"net"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/mutex-proxy/mutex/flow"
 )
@@ -40,10 +41,14 @@ func (c *session) http() error {
 			}
 			return fmt.Errorf("http: %w", err)
 		}
-		if c.s.auth == nil || c.basic(r.auth) {
+		ok, stale := c.authorized(&r)
+		if ok {
 			return c.connect(r)
 		}
-		const ask = "Proxy-Authenticate: Basic realm=\"mprox\", charset=\"UTF-8\"\r\n"
+		ask := "Proxy-Authenticate: Basic realm=\"mprox\", charset=\"UTF-8\"\r\n"
+		if c.s.digest != nil {
+			ask = c.s.digest.challenge(time.Now(), stale) + ask // the stronger first (RFC 7616 section 3.7)
+		}
 		if r.body {
 			c.refuse(httpReply(407, "Proxy Authentication Required", "", ask+"Connection: close\r\n"))
 			return errAuth
@@ -54,6 +59,22 @@ func (c *session) http() error {
 	}
 	c.refuse(nil)
 	return fmt.Errorf("http: %w", errAuth)
+}
+
+// authorized checks a request's credentials. stale means that they would be right with a newer nonce.
+func (c *session) authorized(r *request) (ok, stale bool) {
+	if c.s.auth == nil {
+		return true, false
+	}
+	if scheme, _, _ := strings.Cut(r.auth, " "); c.s.digest == nil || !strings.EqualFold(scheme, "digest") {
+		return c.basic(r.auth), false
+	}
+	user, stale := c.s.digest.check(time.Now(), r)
+	if user == "" {
+		return false, stale
+	}
+	c.user = user
+	return true, false
 }
 
 // basic checks credentials (RFC 7617).

@@ -43,7 +43,8 @@ type Config struct {
 	Net *dialers.Net // opens the UDP sockets towards clients; required
 	// Dialer is where connections and associations go; nil means this machine, names resolved by Net.
 	Dialer flow.Dialer
-	// Users maps names to passwords. Nil, with Auth nil: nobody needs to authenticate. Empty: nobody can.
+	// Users maps names to passwords. Nil, with Auth nil: nobody needs to authenticate. Empty: nobody can. With Users, HTTP clients may use
+	// Digest too.
 	Users map[string]string
 	// Auth overrides Users. It must take the same time whether the user exists or not.
 	Auth func(user, password string) bool
@@ -63,6 +64,8 @@ type Config struct {
 type Server struct {
 	cfg  Config
 	auth func(user, password string) bool // nil = nobody needs to
+	// digest is nil unless passwords are known in the clear, which Digest needs.
+	digest *digestAuth
 
 	wg  sync.WaitGroup // connections and accept loops
 	udp chan struct{}  // a token an association
@@ -98,7 +101,7 @@ func New(cfg Config) (*Server, error) {
 		conns: make(map[*session]struct{}),
 	}
 	if s.auth == nil && cfg.Users != nil {
-		s.auth = userList(cfg.Users)
+		s.auth, s.digest = userList(cfg.Users), newDigestAuth(cfg.Users)
 	}
 	return s, nil
 }

@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"regexp"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -95,6 +96,8 @@ func (f fakeOut) Dial(context.Context, flow.Addr) (flow.Conn, error) {
 func (f fakeOut) ListenPacket(context.Context, *flow.Flow) (flow.PacketConn, error) {
 	return nil, fmt.Errorf("fake: %w", f.err)
 }
+
+var digestLine = regexp.MustCompile(`Proxy-Authenticate: Digest [^\r]*\r\n`)
 
 // talk is what a client says, and all that it gets back.
 func TestConversations(t *testing.T) {
@@ -184,6 +187,7 @@ func TestConversations(t *testing.T) {
 				}
 				_ = c.CloseWrite()
 				got, err := io.ReadAll(c)
+				got = digestLine.ReplaceAll(got, nil) // its nonce is another each time
 				if err != nil && !errors.Is(err, unix.ECONNRESET) || string(got) != tt.gets {
 					t.Errorf("in pieces of %d: %q, want %q (%v)", piece, got, tt.gets, err)
 				}
