@@ -43,8 +43,9 @@ func startChild(argv []string, cgroup int) (*child, int, error) {
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: cgroup}
 	c := &child{cmd: cmd, signals: make(chan os.Signal, 16)}
-	// Before the start: a Ctrl-C from here on is the command's to act on, and must not end us before it.
-	signal.Notify(c.signals, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGHUP, unix.SIGUSR1, unix.SIGUSR2)
+	// Before the start: a Ctrl-C from here on is the command's to act on, and must not end us before it. Ctrl-Z too: we stop when the
+	// command has, else its stop could be seen after the shell has continued both, and stop us once more.
+	signal.Notify(c.signals, unix.SIGINT, unix.SIGQUIT, unix.SIGTSTP, unix.SIGTERM, unix.SIGHUP, unix.SIGUSR1, unix.SIGUSR2)
 	if err := cmd.Start(); err != nil {
 		signal.Stop(c.signals)
 		return nil, exitNotExecutable, err
@@ -83,7 +84,7 @@ func (c *child) wait() (unix.WaitStatus, error) {
 			return 0, err
 		case ws.Stopped():
 			// The shell watches us, not the command: stop too, and when the shell continues us, continue it.
-			_ = unix.Kill(os.Getpid(), unix.SIGSTOP)
+			signalSelf(unix.SIGSTOP)
 			_ = unix.Kill(c.cmd.Process.Pid, unix.SIGCONT)
 		default:
 			return ws, nil
@@ -94,7 +95,7 @@ func (c *child) wait() (unix.WaitStatus, error) {
 // fromTerminal reports whether the kernel has already sent the signal to the command too: keys of the terminal reach the whole foreground
 // process group, and some programs take a second Ctrl-C as an order to quit without cleaning up.
 func fromTerminal(s os.Signal) bool {
-	if s != unix.SIGINT && s != unix.SIGQUIT {
+	if s != unix.SIGINT && s != unix.SIGQUIT && s != unix.SIGTSTP {
 		return false
 	}
 	for _, f := range []*os.File{os.Stdin, os.Stdout, os.Stderr} {
@@ -117,10 +118,16 @@ func exitAs(ws unix.WaitStatus) {
 	switch s {
 	case unix.SIGHUP, unix.SIGINT, unix.SIGTERM, unix.SIGKILL, unix.SIGPIPE, unix.SIGALRM, unix.SIGUSR1, unix.SIGUSR2:
 		signal.Reset(s)
-		// To this very thread: it is then delivered before the call returns.
-		runtime.LockOSThread()
-		_ = unix.Tgkill(os.Getpid(), unix.Gettid(), s)
+		signalSelf(s)
 	}
 	// The rest would make the Go runtime dump its own stacks.
 	os.Exit(128 + int(s))
+}
+
+// signalSelf sends a signal to this very thread: it then takes effect before the call returns. One that is sent to the process may be taken
+// by another thread while this one goes on, and continues a command that was to stop.
+func signalSelf(s unix.Signal) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	_ = unix.Tgkill(unix.Getpid(), unix.Gettid(), s)
 }
