@@ -32,7 +32,7 @@ race:
 
 e2e: build ## black-box tests in namespaces against real servers (needs root)
 	bash e2e/setup.sh
-	MPROX_BIN=$(CURDIR)/mprox go test -count=1 -timeout 25m ./e2e/...
+	MPROX_BIN=$(CURDIR)/mprox go test -count=1 -timeout 25m -v ./e2e/...
 
 fuzz: ## each fuzz target for FUZZTIME
 	bash .ci/fuzz $(FUZZTIME)

@@ -32,7 +32,7 @@ var imports = map[string][]string{
 	"dialers/dialertest": {"flow"},
 	"dns":                {"flow"},
 	"routing":            {"flow"},
-	"policy":             {},
+	"policy":             {"policy/process"},
 	"policy/process":     {},
 	"config":             {},
 	"control":            {"flow", "config", "control/client"},
