@@ -57,6 +57,8 @@ func New(name string, s Spec, n *Net) (flow.Dialer, error) {
 		return newSOCKS5(name, s, n), nil
 	case SchemeHTTP, SchemeHTTPS:
 		return newHTTP(name, s, n), nil
+	case SchemeAuto:
+		return newAuto(name, s, n), nil
 	case SchemeReject, SchemeDrop:
 		return nil, fmt.Errorf("upstream %s: %s is an action, not a server to dial", name, s.Scheme)
 	}
@@ -68,7 +70,7 @@ type upstream struct {
 	name string
 	spec Spec
 	net  *Net
-	host serverHost
+	host *serverHost
 	stats
 	ipv6 capability
 	udp  capability
@@ -76,7 +78,7 @@ type upstream struct {
 
 func (u *upstream) init(name string, s Spec, n *Net) {
 	u.name, u.spec, u.net = name, s, n
-	u.host.name = s.Host
+	u.host = &serverHost{name: s.Host}
 	u.ipv6.now, u.udp.now = n.cfg.Now, n.cfg.Now
 }
 

@@ -295,11 +295,7 @@ type poolError struct {
 
 // Error lists the failures.
 func (e *poolError) Error() string {
-	texts := make([]string, len(e.errs))
-	for i, err := range e.errs {
-		texts[i] = err.Error()
-	}
-	return fmt.Sprintf("pool %s: %d of %d members failed: %s", e.name, len(e.errs), e.members, strings.Join(texts, "; "))
+	return fmt.Sprintf("pool %s: %d of %d members failed: %s", e.name, len(e.errs), e.members, joined(e.errs).Error())
 }
 
 // Unwrap returns the error that decides what the application is told.

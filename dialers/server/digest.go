@@ -56,15 +56,16 @@ func newDigestAuth(users map[string]string) *digestAuth {
 
 // challenge returns the fields of a 407. SHA-256 comes first; MD5 is for clients that know nothing else.
 func (d *digestAuth) challenge(now time.Time, stale bool) string {
-	out := ""
-	for _, algorithm := range []string{"SHA-256", "MD5"} {
-		out += fmt.Sprintf("Proxy-Authenticate: Digest realm=\"%s\", qop=\"auth\", algorithm=%s, nonce=\"%s\", charset=UTF-8", realm, algorithm, d.nonce(now))
-		if stale {
-			out += ", stale=true"
-		}
-		out += "\r\n"
+	suffix := "\r\n"
+	if stale {
+		suffix = ", stale=true\r\n"
 	}
-	return out
+	var out []byte
+	for _, algorithm := range []string{"SHA-256", "MD5"} {
+		out = fmt.Appendf(out, "Proxy-Authenticate: Digest realm=\"%s\", qop=\"auth\", algorithm=%s, nonce=\"%s\", charset=UTF-8%s",
+			realm, algorithm, d.nonce(now), suffix)
+	}
+	return string(out)
 }
 
 // nonce is a time, something random, and a keyed hash over both.

@@ -199,9 +199,9 @@ func TestConversations(t *testing.T) {
 // upstreams are our own dialers at work with our own server.
 func upstreams(at netip.AddrPort, auth string) []string {
 	if auth == "" {
-		return []string{"socks5://" + at.String(), "socks5h://" + at.String() + "?pipeline=1", "http://" + at.String(), "socks4://" + at.String()}
+		return []string{"socks5://" + at.String(), "socks5h://" + at.String() + "?pipeline=1", "http://" + at.String(), "socks4://" + at.String(), "auto://" + at.String()}
 	}
-	return []string{"socks5://" + auth + at.String(), "socks5h://" + auth + at.String(), "socks5h://" + auth + at.String() + "?pipeline=1", "http://" + auth + at.String()}
+	return []string{"socks5://" + auth + at.String(), "socks5h://" + auth + at.String(), "socks5h://" + auth + at.String() + "?pipeline=1", "http://" + auth + at.String(), "auto://" + auth + at.String()}
 }
 
 func dialer(t *testing.T, raw string) flow.Dialer {
