@@ -175,6 +175,7 @@ func TestTwoRuns(t *testing.T) {
 	before := l.start()
 	_, a := l.run("run-1", "mprox-r1")
 	tunA, seenA, ma := l.tun, l.tunSeen, l.m
+	t.Cleanup(func() { _ = ma.Close(context.Background(), StopOpen) })
 	l.tunSeen = newSeen()
 	l.m = NewManager(Config{Host: l.host, LockDir: l.dir})
 	_, b := l.run("run-2", "mprox-r2")
