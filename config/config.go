@@ -36,19 +36,19 @@ type Config struct {
 // Log says what is logged and how.
 type Log struct {
 	Level  string `json:"level" default:"info" enum:"debug,info,warn,error" doc:"The least severe message that is written."`
-	Format string `json:"format" default:"text" enum:"text,json" doc:"text for people, json for machines (one object a line)."`
+	Format string `json:"format" default:"text" fixed:"true" enum:"text,json" doc:"text for people, json for machines (one object a line)."`
 }
 
 // Control is the control socket.
 type Control struct {
 	Socket string `json:"socket" default:"/run/mprox/mprox.sock" fixed:"true" doc:"Absolute path of the control socket. It names the instance: the journal lies beside it."`
-	Group  string `json:"group" default:"mprox" doc:"Members of this group may do everything over the control socket, as root may. A group that does not exist has no members."`
+	Group  string `json:"group" default:"mprox" fixed:"true" doc:"Members of this group may do everything over the control socket, as root may. A group that does not exist has no members."`
 }
 
 // HTTP is the metrics and dashboard listener.
 type HTTP struct {
-	Listen    string `json:"listen" doc:"Address and port to listen on, such as 127.0.0.1:9464. Empty: no listener."`
-	Dashboard bool   `json:"dashboard" default:"true" doc:"Serve the dashboard beside the metrics."`
+	Listen    string `json:"listen" fixed:"true" doc:"Address and port to listen on, such as 127.0.0.1:9464. Empty: no listener."`
+	Dashboard bool   `json:"dashboard" default:"true" fixed:"true" doc:"Serve the dashboard beside the metrics."`
 }
 
 // Kernel is the layout of marks, tables and rules. It cannot change while the daemon runs.

@@ -332,7 +332,7 @@ func TestDiff(t *testing.T) {
 	}
 	want := []string{
 		`$.control.socket fixed "/run/mprox/mprox.sock" -> "/run/x.sock"`,
-		`$.control.group "mprox" -> "adm"`,
+		`$.control.group fixed "mprox" -> "adm"`,
 		`$.kernel.table_base fixed 19760 -> 5000`,
 		`$.upstreams.a.url "socks5h://u:***@192.0.2.1" -> "socks5h://u:***@192.0.2.1"`,
 		`$.upstreams.a.weight 1 -> 2`,

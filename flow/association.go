@@ -73,7 +73,7 @@ func (s *session) attachReadyLocked(p *peer) bool {
 
 // prepare gets the flow what it needs to send (an address for its name, an association) and sends what has waited for it.
 func (s *session) prepare(ctx context.Context, p *peer) {
-	dctx, cancel := context.WithTimeoutCause(ctx, s.h.cfg.DialTimeout, ErrTimeout)
+	dctx, cancel := context.WithTimeoutCause(ctx, s.h.dialTimeout(), ErrTimeout)
 	defer cancel()
 	begin := s.h.cfg.Now()
 	var a *assoc

@@ -58,7 +58,7 @@ func newEchoCache() echoCache {
 // No upstream carries ICMP. The honest answer is whether anybody is there: a TCP connection through the upstream that the rules choose is
 // accepted or refused by the destination itself. Each probe is a flow; requests answered from memory are not.
 func (h *Handler) Echo(ctx context.Context, src, dst netip.Addr) (alive bool, r Reason) {
-	switch h.cfg.ICMP {
+	switch h.tuning.Load().ICMP {
 	case ICMPHonest:
 	case ICMPDrop:
 		return false, ReasonDrop
@@ -175,7 +175,7 @@ func (h *Handler) probe(ctx context.Context, cancel context.CancelCauseFunc, f *
 
 // awaitProbe waits for the turn of a probe.
 func (h *Handler) awaitProbe(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, h.cfg.DialTimeout)
+	ctx, cancel := context.WithTimeout(ctx, h.dialTimeout())
 	defer cancel()
 	if err := h.echo.limit.Wait(ctx); err != nil {
 		return fmt.Errorf("%w: too many probes: %w", ErrTimeout, err)
@@ -185,12 +185,12 @@ func (h *Handler) awaitProbe(ctx context.Context) error {
 
 // knock connects to the ports in turn until one answers, for good or ill. All attempts share the dial time-out; the first has half of it.
 func (h *Handler) knock(ctx context.Context, via Dialer, dst Addr) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, h.cfg.DialTimeout, ErrTimeout)
+	ctx, cancel := context.WithTimeoutCause(ctx, h.dialTimeout(), ErrTimeout)
 	defer cancel()
 	var err error
 	for i, port := range echoPorts() {
 		dst.Port = port
-		err = h.knockOnce(ctx, via, dst, h.cfg.DialTimeout/time.Duration(2-i))
+		err = h.knockOnce(ctx, via, dst, h.dialTimeout()/time.Duration(2-i))
 		if err == nil || ReasonOf(err) == ReasonRefused || errors.Is(err, ErrUpstream) || ctx.Err() != nil {
 			return err
 		}

@@ -112,7 +112,7 @@ func TestEchoModesAndRules(t *testing.T) {
 		"resolve":     {ICMPHonest, always(Resolve, nil), ReasonProhibited},
 	} {
 		t.Run(name, func(t *testing.T) {
-			r := newRig(t, func(h *HandlerConfig, _ *TableConfig) { h.ICMP = c.mode })
+			r := newRig(t, func(h *HandlerConfig, _ *TableConfig) { h.Tuning.ICMP = c.mode })
 			if c.decider != nil {
 				r.SetDecider(c.decider)
 			}

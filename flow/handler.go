@@ -34,15 +34,20 @@ const (
 
 // HandlerConfig says what a Handler is made of.
 type HandlerConfig struct {
-	Context     string
-	Table       *Table
-	Names       Names         // nil = dns off: flows have no names, and what should be resolved is blocked
-	Owner       Owner         // nil = nobody is known
-	Sniffer     Sniffer       // nil = a rule that needs payload blocks
+	Context string
+	Table   *Table
+	Names   Names   // nil = dns off: flows have no names, and what should be resolved is blocked
+	Owner   Owner   // nil = nobody is known
+	Sniffer Sniffer // nil = a rule that needs payload blocks
+	Tuning  Tuning
+	Log     *zap.Logger      // nil = none
+	Now     func() time.Time // nil = the table's
+}
+
+// Tuning is what may change while flows run. A change counts for what begins after it.
+type Tuning struct {
 	DialTimeout time.Duration // of one flow, all attempts of a pool together; 0 = DefaultDialTimeout
 	ICMP        ICMPMode
-	Log         *zap.Logger      // nil = none
-	Now         func() time.Time // nil = the table's
 }
 
 // Handler is the life of every flow of one context. stack calls TCP, UDP and Echo, each from a goroutine of its own.
@@ -51,6 +56,7 @@ type Handler struct {
 	table   *Table
 	names   Names
 	rules   atomic.Pointer[ruleSet]
+	tuning  atomic.Pointer[Tuning]
 	dials   chan struct{} // held while an upstream is being asked
 	queries chan struct{} // held while a DNS query is being answered
 	held    atomic.Int64  // bytes of datagrams that wait for an association or a name
@@ -69,9 +75,6 @@ type ruleSet struct{ Decider }
 
 // NewHandler returns a Handler that blocks everything until SetDecider.
 func NewHandler(cfg HandlerConfig) *Handler {
-	if cfg.DialTimeout <= 0 {
-		cfg.DialTimeout = DefaultDialTimeout
-	}
 	if cfg.Log == nil {
 		cfg.Log = zap.NewNop()
 	}
@@ -90,8 +93,19 @@ func NewHandler(cfg HandlerConfig) *Handler {
 		lives:   make(map[uint64]context.CancelCauseFunc),
 	}
 	h.rules.Store(&ruleSet{blockAll{}})
+	h.Tune(cfg.Tuning)
 	return h
 }
+
+// Tune changes the tuning in one step.
+func (h *Handler) Tune(t Tuning) {
+	if t.DialTimeout <= 0 {
+		t.DialTimeout = DefaultDialTimeout
+	}
+	h.tuning.Store(&t)
+}
+
+func (h *Handler) dialTimeout() time.Duration { return h.tuning.Load().DialTimeout }
 
 // SetDecider puts new rules in force, in one step, for every flow not decided yet. Flows that run are not touched: call Table.KillIf for
 // those that the new rules block. Datagrams of running UDP flows are decided again.
@@ -181,7 +195,7 @@ func (h *Handler) forward(ctx context.Context, f *Flow, e *entry, via Dialer, p 
 
 // dial opens a connection within the flow's dial time-out, waiting for its turn included.
 func (h *Handler) dial(ctx context.Context, via Dialer, dst Addr) (Conn, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, h.cfg.DialTimeout, ErrTimeout)
+	ctx, cancel := context.WithTimeoutCause(ctx, h.dialTimeout(), ErrTimeout)
 	defer cancel()
 	if err := h.takeTurn(ctx); err != nil {
 		return nil, err

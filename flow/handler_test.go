@@ -134,7 +134,7 @@ func TestTCPRefusals(t *testing.T) {
 
 func TestTCPDialTimeout(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, func(h *HandlerConfig, _ *TableConfig) { h.DialTimeout = 3 * time.Second })
+		r := newRig(t, func(h *HandlerConfig, _ *TableConfig) { h.Tuning.DialTimeout = 3 * time.Second })
 		r.SetDecider(always(Forward, &dialer{name: "up", dial: func(ctx context.Context, _ Addr) (Conn, error) {
 			<-ctx.Done()
 			return nil, fmt.Errorf("dial: %w", ctx.Err())

@@ -80,7 +80,9 @@ type Table struct {
 	cfg   TableConfig
 	epoch time.Time
 	slots atomic.Int64 // flows that have a slot; an evicted flow gives its slot back before it has ended
-	shard [shards]tableShard
+	// maxFlows is TableConfig.MaxFlows, or what SetMaxFlows has made of it.
+	maxFlows atomic.Int64
+	shard    [shards]tableShard
 	totals
 
 	evictMu sync.Mutex
@@ -97,9 +99,6 @@ type tableShard struct {
 
 // NewTable returns an empty table.
 func NewTable(cfg TableConfig) *Table {
-	if cfg.MaxFlows <= 0 {
-		cfg.MaxFlows = DefaultMaxFlows
-	}
 	if cfg.IDs == nil {
 		cfg.IDs = new(atomic.Uint64)
 	}
@@ -113,6 +112,7 @@ func NewTable(cfg TableConfig) *Table {
 		cfg.Now = time.Now
 	}
 	t := &Table{cfg: cfg, epoch: cfg.Now()}
+	t.SetMaxFlows(cfg.MaxFlows)
 	for i := range t.shard {
 		t.shard[i].live = make(map[uint64]*entry)
 		t.shard[i].sums = newSums()
@@ -120,10 +120,19 @@ func NewTable(cfg TableConfig) *Table {
 	return t
 }
 
+// SetMaxFlows changes how many flows the table has room for; 0 means DefaultMaxFlows. Flows beyond a smaller bound are not ended by it: they
+// go as new ones come.
+func (t *Table) SetMaxFlows(n int) {
+	if n <= 0 {
+		n = DefaultMaxFlows
+	}
+	t.maxFlows.Store(int64(n))
+}
+
 // add gives the flow an ID and a slot, ending the longest idle flow if there is none left. kill is called at most once, from any
 // goroutine, with none of the table's locks held, when the flow has to end; the owner then calls finish.
 func (t *Table) add(f *Flow, kill func(error)) (*entry, error) {
-	for t.slots.Add(1) > int64(t.cfg.MaxFlows) {
+	for t.slots.Add(1) > t.maxFlows.Load() {
 		t.slots.Add(-1)
 		if !t.evict() {
 			t.refused.Add(1)
@@ -235,7 +244,7 @@ func (t *Table) KillIf(f func(*Info) bool) int {
 }
 
 // Len returns how many slots are taken; never more than MaxFlows.
-func (t *Table) Len() int { return int(max(0, min(t.slots.Load(), int64(t.cfg.MaxFlows)))) }
+func (t *Table) Len() int { return int(max(0, min(t.slots.Load(), t.maxFlows.Load()))) }
 
 type noRecorder struct{}
 

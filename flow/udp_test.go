@@ -407,7 +407,7 @@ func TestUDPShutdown(t *testing.T) {
 func TestUDPPeersAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		u := startUDP(t, nil)
-		u.table.cfg.MaxFlows = 2 * maxPeers
+		u.table.SetMaxFlows(2 * maxPeers)
 		u.run()
 		for i := range maxPeers + 10 {
 			u.in.push(Addr{IP: netip.AddrFrom4([4]byte{192, 0, byte(i >> 8), byte(i)}), Port: 5000}, "x")
@@ -426,7 +426,7 @@ func TestUDPPeersAreBounded(t *testing.T) {
 func TestUDPTableFull(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		u := startUDP(t, nil)
-		u.table.cfg.MaxFlows = 3
+		u.table.SetMaxFlows(3)
 		u.run()
 		for i := range 10 {
 			u.send(fmt.Sprintf("192.0.2.%d:5000", i), "x")

@@ -30,6 +30,14 @@ func (g *globals) logger(c config.Log) (*zap.Logger, error) {
 		enc.ConsoleSeparator = " "
 		encoder = zapcore.NewConsoleEncoder(enc)
 	}
-	core := zapcore.NewCore(encoder, zapcore.Lock(zapcore.AddSync(os.Stderr)), level)
+	g.level.SetLevel(level)
+	core := zapcore.NewCore(encoder, zapcore.Lock(zapcore.AddSync(os.Stderr)), g.level)
 	return zap.New(core, zap.ErrorOutput(zapcore.Lock(os.Stderr))), nil
+}
+
+// setLevel follows the configuration of a reload, unless --log-level says otherwise.
+func (g *globals) setLevel(c config.Log) {
+	if level, err := zapcore.ParseLevel(c.Level); err == nil && g.logLevel == "" {
+		g.level.SetLevel(level)
+	}
 }

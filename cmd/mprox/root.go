@@ -14,6 +14,7 @@ import (
 
 	"github.com/spf13/cobra"
 	"github.com/tailscale/hujson"
+	"go.uber.org/zap"
 
 	"github.com/mutex-proxy/mutex/config"
 	"github.com/mutex-proxy/mutex/control/client"
@@ -37,12 +38,13 @@ type globals struct {
 	stateDir    string
 	output      string
 	logLevel    string
+	level       zap.AtomicLevel // of the log, once there is one
 
 	cleanup func(context.Context, policy.Instance) (policy.Report, error)
 	started bool // a command has begun: from here on errors are not about usage
 }
 
-func newGlobals() *globals { return &globals{cleanup: cleanupInstance} }
+func newGlobals() *globals { return &globals{cleanup: cleanupInstance, level: zap.NewAtomicLevel()} }
 
 // newRootCommand returns the whole command line. Every command that exists is listed here, and none that does not.
 func newRootCommand(g *globals) *cobra.Command {

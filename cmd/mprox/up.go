@@ -67,6 +67,7 @@ func up(cmd *cobra.Command, g *globals, f upFlags) error {
 	}
 	opt := daemon.Options{
 		Config: cfg, Digest: digest, Socket: g.socketOf(cfg), StateDir: g.stateDir, Version: version, Log: log,
+		SetLevel: g.setLevel,
 	}
 	if len(f.Proxy) == 0 {
 		opt.ConfigPath, opt.Load = g.config, load

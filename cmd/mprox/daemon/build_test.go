@@ -129,15 +129,15 @@ func TestReloadKeepsUnchangedUpstreams(t *testing.T) {
 
 func TestCheckFindsEverythingAtOnce(t *testing.T) {
 	text := `{
-  "upstreams": { "bad": { "url": "gopher://192.0.2.1" }, "old": { "url": "socks4://192.0.2.1" } },
-  "pools": { "p": { "members": ["old", "bad"], "strategy": "hash" } },
+  "upstreams": { "bad": { "url": "gopher://192.0.2.1" }, "old": { "url": "http://192.0.2.1?udp=maybe" } },
+  "pools": { "p": { "members": ["old", "bad", "reject"] } },
   "contexts": { "default": { "default": "p", "rules": [ { "asn": 64496, "upstream": "bad" } ] } }
 }`
 	_, err := config.Parse("test.json", []byte(text), Check)
 	if err == nil {
 		t.Fatal("no error")
 	}
-	for _, want := range []string{"$.upstreams.bad.url", "$.upstreams.old", "$.pools.p", "$.contexts.default.rules[0].asn"} {
+	for _, want := range []string{"$.upstreams.bad.url", "$.upstreams.old.url", "$.pools.p", "$.contexts.default.rules[0].asn"} {
 		if !strings.Contains(err.Error(), want+":") {
 			t.Errorf("%s is not among the errors:\n%v", want, err)
 		}

@@ -91,11 +91,15 @@ func newContext(cfg *config.Config, name string, slot int, ups *upstreams, env c
 		Context: name, MaxFlows: c.cfg.Limits.Flows, IDs: env.ids, Log: c.log, Recorder: env.recorder,
 	})
 	c.handler = flow.NewHandler(flow.HandlerConfig{
-		Context: name, Table: c.table, Names: c.names, DialTimeout: c.cfg.DialTimeout.D(), ICMP: icmpMode(c.cfg.ICMP), Log: c.log,
+		Context: name, Table: c.table, Names: c.names, Tuning: tuning(c.cfg), Log: c.log,
 	})
 	ch.commitDNS()
 	c.setRules(ch.rules)
 	return c, nil
+}
+
+func tuning(c config.Context) flow.Tuning {
+	return flow.Tuning{DialTimeout: c.DialTimeout.D(), ICMP: icmpMode(c.ICMP)}
 }
 
 func icmpMode(s string) flow.ICMPMode {

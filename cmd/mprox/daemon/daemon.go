@@ -42,6 +42,7 @@ type Options struct {
 	StateDir   string // where fake IPs are kept; "" = in memory only
 	Version    string
 	Log        *zap.Logger
+	SetLevel   func(config.Log) // follows a reload; nil = the level stays
 }
 
 // Daemon is one running mprox.

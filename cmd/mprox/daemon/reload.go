@@ -53,6 +53,9 @@ func (d *Daemon) Reload(ctx context.Context) (err error) {
 	if err := n.apply(ctx); err != nil {
 		return err
 	}
+	if d.opt.SetLevel != nil {
+		d.opt.SetLevel(cfg.Log)
+	}
 	d.mu.Lock()
 	d.cfg, d.digest, d.ups = cfg, digest, ups
 	d.generation++
@@ -181,6 +184,8 @@ func (n *generation) apply(ctx context.Context) (err error) {
 	}
 	for _, ch := range n.changed {
 		ch.commitDNS()
+		ch.c.table.SetMaxFlows(ch.cfg.Limits.Flows)
+		ch.c.handler.Tune(tuning(ch.cfg))
 		ch.c.setRules(ch.rules)
 	}
 	for _, c := range n.removed {
