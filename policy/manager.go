@@ -216,6 +216,7 @@ func (m *Manager) convergeLocked(ctx context.Context, spec Spec, repair bool) er
 			m.restored[object] += uint64(n)
 		}
 	}
+	m.endSocketsLocked(spec)
 	if err := a.run(ctx); err != nil {
 		return err
 	}
@@ -256,6 +257,19 @@ func (m *Manager) recordLocked(spec Spec, plan *Plan) error {
 		return nil
 	}
 	return m.journal.write(spec.Instance.Journal)
+}
+
+// endSocketsLocked ends what contexts that are about to be removed have left of connections: the kernel would go on to send their last
+// segments, past us.
+func (m *Manager) endSocketsLocked(spec Spec) {
+	for _, j := range m.journal.Contexts {
+		if j.Mode == ModeGlobal || slices.ContainsFunc(spec.Contexts, func(c ContextSpec) bool { return c.Slot == j.Slot }) {
+			continue
+		}
+		if err := m.host.DestroySockets(ContextMark(m.spec.Mask, j.Slot), m.spec.Mask); err != nil {
+			m.log.Debug("captured connections not ended", zap.String("context", j.Name), zap.Error(err))
+		}
+	}
 }
 
 // forgetLocked takes contexts out of the journal whose objects have just been removed.

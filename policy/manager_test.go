@@ -328,6 +328,35 @@ func TestReconcile(t *testing.T) {
 	})
 }
 
+// TestPrune: sockets older than the start are forgotten when they have been closed, and none is ever added.
+func TestPrune(t *testing.T) {
+	b := newBench(t)
+	synctest.Test(t, func(t *testing.T) {
+		if err := b.m.Prepare(t.Context(), b.spec); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		b.host.mu.Lock()
+		now := Sockets{Inbound: slices.Clone(b.host.snap.Sockets.Inbound[1:]), Clients: []uint16{50000}}
+		b.host.snap.Sockets = now
+		b.host.mu.Unlock()
+		time.Sleep(2 * recheck) //nolint:forbidigo // virtual time: synctest waits for nothing real
+		synctest.Wait()
+		table, _ := b.host.NFTables("mprox")
+		for text, want := range map[string]bool{"192.168.1.20 . 22": false, "2001:db8:1::20 . 22": true, "40123": false, "50000": false} {
+			if got := strings.Contains(table["mprox"], text); got != want {
+				t.Errorf("%q in the table: %v, want %v", text, got, want)
+			}
+		}
+		if j, err := readJournal(b.spec.Instance.Journal); err != nil || len(j.Sockets.Inbound) != 1 || len(j.Sockets.Clients) != 0 {
+			t.Errorf("journal: %+v, %v", j.Sockets, err)
+		}
+		if err := b.m.Close(t.Context(), StopOpen); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
 // TestConflictsWithInstances: locks of instances and slots.
 func TestConflictsWithInstances(t *testing.T) {
 	b := newBench(t)

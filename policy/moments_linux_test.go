@@ -177,3 +177,71 @@ func TestHostStaysInItsNamespace(t *testing.T) {
 		t.Errorf("%v %v", got, err)
 	}
 }
+
+// withoutCgroups is a container: no writable cgroup v2.
+type withoutCgroups struct{ Host }
+
+func (h withoutCgroups) Features() (Features, error) {
+	f, err := h.Host.Features()
+	return Features{NFTOwner: f.NFTOwner}, err
+}
+
+// TestByUID: without cgroups the daemon is told by its uid.
+func TestByUID(t *testing.T) {
+	l := newLab(t)
+	l.start()
+	l.m.host = withoutCgroups{l.host}
+	spec := l.spec(ModeGlobal)
+	if err := l.m.Prepare(t.Context(), spec); err != nil {
+		t.Fatal(err)
+	}
+	l.openTUN("mprox0")
+	spec.Contexts[0].TUN = "mprox0"
+	if err := l.m.Apply(t.Context(), spec); err != nil {
+		t.Fatal(err)
+	}
+	bypass := mark(BypassMark(DefaultMask))
+	l.mustPass([]way{{"udp4", "> 198.51.100.1:8001", udp(remote4, 8001, bypass)}, {"tcp6", "> 2001:db8:ff::1:8002", tcp(remote6, 8002, bypass)}})
+	l.mustCapture(captured())
+	l.noLeaks(escapes())
+	if _, err := l.m.NewCgroup(t.Context(), "x", 9); !errors.Is(err, ErrFeature) {
+		t.Errorf("NewCgroup: %v", err)
+	}
+}
+
+// TestNoIPv6: switched off by sysctl, as Docker does; then nothing of it leaves, and IPv4 works.
+func TestNoIPv6(t *testing.T) {
+	l := newLab(t)
+	l.sh("for d in all default c0 lo; do echo 1 > /proc/sys/net/ipv6/conf/$d/disable_ipv6; done")
+	before, _ := l.up()
+	var v4 []way
+	for _, w := range captured() {
+		if !strings.Contains(w.want, "::") {
+			v4 = append(v4, w)
+		}
+	}
+	l.mustCapture(v4)
+	l.noLeaks(captured())
+	l.noLeaks(escapes())
+	l.die()
+	l.noLeaks(captured())
+	l.cleanup()
+	l.awaitState(func(s string) bool { return s == before })
+}
+
+// TestOffline: started without any uplink, captured from the first packet when one comes.
+func TestOffline(t *testing.T) {
+	l := newLab(t)
+	l.sh("ip link set c0 down")
+	l.up()
+	stop := l.hammer()
+	defer stop()
+	l.sh(`ip link set c0 up; ip addr replace 10.9.0.2/24 dev c0; ip addr replace 2001:db8:9::2/64 dev c0 nodad; ip addr replace fd09::2/64 dev c0 nodad
+		ip route replace default via 10.9.0.1; ip -6 route replace default via 2001:db8:9::1`)
+	l.awaitState(func(s string) bool {
+		return strings.Contains(s, "default dev mprox0 table 19760 proto 77 scope link src 10.9.0.2") &&
+			strings.Contains(s, "default dev mprox0 table 19760 proto 77 src 2001:db8:9::2")
+	})
+	l.noHammer("uplink came")
+	l.mustCapture(captured())
+}

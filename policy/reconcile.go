@@ -5,6 +5,7 @@ package policy
 import (
 	"context"
 	"errors"
+	"slices"
 	"time"
 
 	"go.uber.org/zap"
@@ -63,14 +64,16 @@ func (m *Manager) reconcile(ctx context.Context, events <-chan struct{}) {
 	tick := time.NewTicker(recheck)
 	defer tick.Stop()
 	for {
+		old := false
 		select {
 		case <-ctx.Done():
 			return
 		case <-events:
 			wait(ctx, settle)
 		case <-tick.C:
+			old = true
 		}
-		if err := m.repair(ctx); err != nil && ctx.Err() == nil && !errors.Is(err, ErrClosed) {
+		if err := m.repair(ctx, old); err != nil && ctx.Err() == nil && !errors.Is(err, ErrClosed) {
 			// Whatever it was (a device that vanished between look and touch), the next event or tick tries again.
 			m.log.Warn("kernel state not repaired", zap.Error(err))
 		}
@@ -78,12 +81,48 @@ func (m *Manager) reconcile(ctx context.Context, events <-chan struct{}) {
 	}
 }
 
-// repair puts back what others have removed, and follows the links' routes and addresses.
-func (m *Manager) repair(ctx context.Context) error {
+// repair puts back what others have removed, and follows the links' routes and addresses. With old, it also forgets the sockets older than
+// the start that have been closed since.
+func (m *Manager) repair(ctx context.Context, old bool) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.closed {
 		return ErrClosed
 	}
+	if old {
+		m.pruneLocked(ctx)
+	}
 	return m.convergeLocked(ctx, m.spec, true)
+}
+
+// pruneLocked shortens the lists of sockets that are older than the guard: a port that has become free may be a server's one day. The lists
+// never grow, since conntrack knows everything younger.
+func (m *Manager) pruneLocked(ctx context.Context) {
+	old := m.base.Sockets
+	if len(old.Inbound)+len(old.Clients) == 0 {
+		return
+	}
+	now, err := m.host.Sockets(ctx)
+	if err != nil {
+		m.warnLocked("sockets", "old sockets cannot be listed", zap.Error(err))
+		return
+	}
+	inbound, clients := make(map[Tuple]bool, len(now.Inbound)), make(map[uint16]bool, len(now.Clients))
+	for _, t := range now.Inbound {
+		inbound[t] = true
+	}
+	for _, p := range now.Clients {
+		clients[p] = true
+	}
+	m.base.Sockets = Sockets{
+		Inbound: slices.DeleteFunc(slices.Clone(old.Inbound), func(t Tuple) bool { return !inbound[t] }),
+		Clients: slices.DeleteFunc(slices.Clone(old.Clients), func(p uint16) bool { return !clients[p] }),
+	}
+	if len(m.base.Sockets.Inbound) == len(old.Inbound) && len(m.base.Sockets.Clients) == len(old.Clients) {
+		return
+	}
+	m.journal.Sockets = m.base.Sockets
+	if err := m.journal.write(m.spec.Instance.Journal); err != nil {
+		m.log.Warn("journal", zap.Error(err))
+	}
 }

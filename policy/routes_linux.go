@@ -17,12 +17,23 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// snapshotTries is how often a dump is repeated that a change has interrupted. What is missing in it would be taken for deleted.
+const snapshotTries = 5
+
 // Snapshot implements Host.
-func (h *LinuxHost) Snapshot(ctx context.Context, base int) (Snapshot, error) {
+func (h *LinuxHost) Snapshot(ctx context.Context, base int) (s Snapshot, err error) {
+	for range snapshotTries {
+		if s, err = h.snapshot(ctx, base); !errors.Is(err, vnl.ErrDumpInterrupted) {
+			return s, err
+		}
+	}
+	return s, err
+}
+
+func (h *LinuxHost) snapshot(ctx context.Context, base int) (Snapshot, error) {
 	s := Snapshot{Netns: h.id, Nameservers: nameservers(), RPFilter: map[string]int{}, SrcValid: map[string]int{}}
-	// A dump that was interrupted by a change is followed by the event of that change: what it shows is only not the last word.
 	links, err := h.rt.LinkList()
-	if err != nil && !errors.Is(err, vnl.ErrDumpInterrupted) {
+	if err != nil {
 		return s, fmt.Errorf("list links: %w", err)
 	}
 	names := map[int]string{}
@@ -56,7 +67,7 @@ func (h *LinuxHost) snapshotFamily(s *Snapshot, names map[int]string, v6 bool, b
 		fam = unix.AF_INET6
 	}
 	addrs, err := h.rt.AddrList(nil, fam)
-	if err != nil && !errors.Is(err, vnl.ErrDumpInterrupted) {
+	if err != nil {
 		return fmt.Errorf("list addresses: %w", err)
 	}
 	for _, a := range addrs {
@@ -67,7 +78,7 @@ func (h *LinuxHost) snapshotFamily(s *Snapshot, names map[int]string, v6 bool, b
 		}
 	}
 	rules, err := h.rt.RuleList(fam)
-	if err != nil && !errors.Is(err, vnl.ErrDumpInterrupted) {
+	if err != nil {
 		return fmt.Errorf("list rules: %w", err)
 	}
 	for _, r := range rules {
@@ -81,7 +92,7 @@ func (h *LinuxHost) snapshotFamily(s *Snapshot, names map[int]string, v6 bool, b
 		}
 		return true
 	})
-	if err != nil && !errors.Is(err, vnl.ErrDumpInterrupted) {
+	if err != nil {
 		return fmt.Errorf("list routes: %w", err)
 	}
 	return nil
