@@ -162,8 +162,13 @@ func (h *fakeHost) SetSysctl(key, value string) error {
 	return h.did("sysctl %s=%s", key, value)
 }
 
-func (h *fakeHost) Sockets(context.Context) (Sockets, error) { return h.snap.Sockets, nil }
-func (h *fakeHost) DestroySockets(uint32, uint32) error      { return nil }
+func (h *fakeHost) Sockets(context.Context) (Sockets, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.snap.Sockets, nil
+}
+
+func (h *fakeHost) DestroySockets(uint32, uint32) error { return nil }
 func (h *fakeHost) OpenCgroup(string) (int, error) {
 	return unix.Open("/dev/null", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 }
