@@ -74,11 +74,11 @@ func (a *Auto) Protocol() string {
 	return ""
 }
 
-func (a *Auto) gauge() (active, latency int64) {
+func (a *Auto) gauge(now int64) (active, latency int64) {
 	if k := a.known.Load(); k != nil {
-		return k.Dialer.(gauged).gauge()
+		return k.Dialer.(gauged).gauge(now)
 	}
-	return a.stats.gauge()
+	return a.stats.gauge(now)
 }
 
 // takesNames is true: whatever is found is used in the form that is sent names.
@@ -113,7 +113,7 @@ func (a *Auto) ListenPacket(ctx context.Context, f *flow.Flow) (flow.PacketConn,
 
 // judge notes that the upstream may not be what it was.
 func (a *Auto) judge(err error) {
-	if errors.Is(err, flow.ErrUpstream) {
+	if errors.Is(err, flow.ErrUpstream) && !errors.Is(err, errOff) {
 		a.mu.Lock()
 		defer a.mu.Unlock()
 		a.doubted = true
@@ -122,6 +122,9 @@ func (a *Auto) judge(err error) {
 
 // find returns the upstream as what it speaks. Of several callers one asks and the others wait.
 func (a *Auto) find(ctx context.Context) (*speaker, error) {
+	if a.off() {
+		return nil, a.wrap("connect", errOff)
+	}
 	a.mu.Lock()
 	for a.running != nil {
 		wait := a.running

@@ -31,6 +31,7 @@ type Status struct {
 	Total   uint64 // attempts
 	Errors  uint64 // attempts that failed because of the upstream itself
 	Dropped uint64 // datagrams that could not be sent or delivered
+	State   State
 	// What has been learned: "yes", "no" or "unknown". They are re-learned: a "no" is tried again after a while.
 	UDP, IPv6, RemoteDNS, Bind string
 }
@@ -106,12 +107,16 @@ func (u *upstream) Servers() []netip.AddrPort {
 
 // connect opens a TCP connection to the server. Errors wrap flow.ErrUpstream, unless the caller gave up.
 func (u *upstream) connect(ctx context.Context) (*TCPConn, error) {
+	if u.off() {
+		return nil, u.wrap("connect", errOff)
+	}
 	begin := u.net.cfg.Now()
 	c, err := u.host.dial(ctx, u.net, u.spec.Port)
 	if err != nil {
 		return nil, u.fault(ctx, "connect", err)
 	}
-	u.observe(u.net.cfg.Now().Sub(begin))
+	end := u.net.cfg.Now()
+	u.observe(end, end.Sub(begin))
 	return c, nil
 }
 
@@ -150,6 +155,9 @@ const maxHandshake = time.Minute
 
 // done counts the end of an attempt.
 func (u *upstream) done(err error) {
+	if errors.Is(err, errOff) {
+		return // it has not been asked
+	}
 	u.total.Add(1)
 	switch {
 	case err == nil:
@@ -165,29 +173,32 @@ func (u *upstream) status() Status {
 		Name: u.name, URL: u.spec.String(), Up: !u.down.Load(), Latency: time.Duration(u.latency.Load()),
 		Active: uint64(max(0, u.active.Load())), Total: u.total.Load(), Errors: u.errors.Load(),
 		UDP: u.udp.String(), IPv6: u.ipv6.String(), RemoteDNS: unknown, Bind: unknown,
-		Dropped: u.dropped.Load(),
+		Dropped: u.dropped.Load(), State: u.State(),
 	}
 }
 
 // track counts a connection as active until it is closed.
 func (u *upstream) track(c *TCPConn) {
-	u.active.Add(1)
-	c.onClose = func() { u.active.Add(-1) }
+	c.onClose = func() { u.closed(c) }
+	u.opened(c)
 }
 
 // stats are the counters of one upstream.
 type stats struct {
 	total, errors atomic.Uint64
-	active        atomic.Int64
-	latency       atomic.Int64 // ns, moving average of the time the server took to accept a connection
+	latency       atomic.Int64 // ns, the time the server takes to accept a connection; see observe
+	observed      atomic.Int64 // when that was last seen, Unix ns
 	dropped       atomic.Uint64
 	down          atomic.Bool
+	gate
 }
 
-// observe updates the moving average with weight 1/8, as TCP does for its round-trip time (RFC 6298). A lost update does not matter.
-func (s *stats) observe(d time.Duration) {
+// observe updates the latency: a peak is believed at once, and forgotten with weight 1/8, as TCP's smoothed round-trip time (RFC 6298). A
+// server that has become slow loses flows with its first slow answer, not with its eighth. A lost update does not matter.
+func (s *stats) observe(now time.Time, d time.Duration) {
 	old := s.latency.Load()
-	if old == 0 {
+	s.observed.Store(now.UnixNano())
+	if int64(d) >= old {
 		s.latency.Store(int64(d))
 		return
 	}

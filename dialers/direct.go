@@ -34,12 +34,15 @@ func (d *Direct) Status() Status {
 	return Status{
 		Name: d.name, URL: SchemeDirect + "://", Up: true, Active: uint64(max(0, d.active.Load())), Total: d.total.Load(),
 		Errors: d.errors.Load(), UDP: yes, IPv6: unknown, RemoteDNS: no, Bind: no,
-		Dropped: d.dropped.Load(),
+		Dropped: d.dropped.Load(), State: d.State(),
 	}
 }
 
 // Dial connects to dst.IP.
 func (d *Direct) Dial(ctx context.Context, dst flow.Addr) (flow.Conn, error) {
+	if d.off() {
+		return nil, fmt.Errorf("direct %s: %w", dst, errOff)
+	}
 	d.total.Add(1)
 	if !dst.IP.IsValid() {
 		return nil, fmt.Errorf("direct %s: %w: name not resolved", dst, flow.ErrHostUnreachable)
@@ -51,8 +54,8 @@ func (d *Direct) Dial(ctx context.Context, dst flow.Addr) (flow.Conn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("direct: %w", withReason(err))
 	}
-	d.active.Add(1)
-	c.onClose = func() { d.active.Add(-1) }
+	c.onClose = func() { d.closed(c) }
+	d.opened(c)
 	return c, nil
 }
 
@@ -64,6 +67,9 @@ func (d *Direct) DialContext(ctx context.Context, network, address string) (net.
 // ListenPacket opens one unconnected socket, of both families: every destination sees the same source port (RFC 4787 REQ-1), and
 // datagrams of anybody are delivered (REQ-8).
 func (d *Direct) ListenPacket(ctx context.Context, _ *flow.Flow) (flow.PacketConn, error) {
+	if d.off() {
+		return nil, fmt.Errorf("direct: %w", errOff)
+	}
 	d.total.Add(1)
 	c, err := d.net.ListenUDP(ctx, netip.AddrPort{})
 	if err != nil {
@@ -74,8 +80,8 @@ func (d *Direct) ListenPacket(ctx context.Context, _ *flow.Flow) (flow.PacketCon
 		_ = c.Close()
 		return nil, fmt.Errorf("direct: %w", err)
 	}
-	d.active.Add(1)
-	pc.onClose = func() { d.active.Add(-1) }
+	pc.onClose = func() { d.closed(pc) }
+	d.opened(pc)
 	return pc, nil
 }
 

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"slices"
 	"strings"
 	"sync"
@@ -32,6 +33,8 @@ const (
 	// nothing; above, an application has given up.
 	minStagger = 500 * time.Millisecond
 	maxStagger = 3 * time.Second
+	// minHedge bounds a second attempt by what is usual: below, the jitter of a fast network would double the load of the members.
+	minHedge = 10 * time.Millisecond
 )
 
 // PoolConfig is how a pool behaves. The zero value of a field means its default.
@@ -42,6 +45,13 @@ type PoolConfig struct {
 	Eject    time.Duration // for how long, doubled each time up to 5 min; 30 s
 	Log      *zap.Logger
 	Now      func() time.Time
+
+	// HedgePercentile is Hedge by what is usual: the next attempt starts when the first has taken longer than this percentage of the
+	// member's connections did. 1 to 99; 0 = Hedge counts.
+	HedgePercentile int
+	HashBy          HashBy        // what counts for Hash; by destination
+	Settle          time.Duration // how long a member must have been well before Failover returns to it; as Eject
+	Health          HealthConfig  // active checks
 }
 
 // Pool is several upstreams under one name. While an application's SYN is held, members are tried until one answers. A member that fails
@@ -59,19 +69,30 @@ type poolState struct {
 	members        []*member
 	order          []int         // in which members are gone through
 	turns          []uint16      // of a weighted pool: the places at which to start, one after the other
+	ring           ring          // of a pool by hash
 	next           atomic.Uint64 // the turn
+	switchedTo     atomic.Uint32 // a State
+
+	checks checks
 }
 
 // member is one upstream and its passive health.
 type member struct {
 	flow.Dialer
-	gauged           gauged // nil if the upstream does not say
+	gauged           gauged   // nil if the upstream does not say
+	switched         switched // nil if it cannot be switched
 	weight, priority int
+	times            quantile // of its connections, for HedgePercentile
 
 	faults       atomic.Int32 // consecutive: 2 for a failure of the upstream, 1 for a silence that may be the destination's
 	ejections    atomic.Int32 // in a row, for the back-off
 	ejectedUntil atomic.Int64 // Unix ns; 0 = in
+	settledAt    atomic.Int64 // Unix ns; until then Failover prefers others; 0 = it is
+	probeAt      atomic.Int64 // Unix ns; when the next flow tries a member that is not settled
 }
+
+// off reports whether the operator has switched the member off.
+func (m *member) off() bool { return m.switched != nil && m.switched.State() != Enabled }
 
 // NewPool returns a pool of upstreams. Members may be pools.
 func NewPool(name, strategy string, members []flow.Dialer, cfg PoolConfig) (flow.Dialer, error) {
@@ -96,6 +117,9 @@ func NewPool(name, strategy string, members []flow.Dialer, cfg PoolConfig) (flow
 	if cfg.Eject <= 0 {
 		cfg.Eject = defaultEject
 	}
+	if cfg.Settle <= 0 {
+		cfg.Settle = cfg.Eject
+	}
 	if cfg.Log == nil {
 		cfg.Log = zap.NewNop()
 	}
@@ -107,6 +131,12 @@ func NewPool(name, strategy string, members []flow.Dialer, cfg PoolConfig) (flow
 		p.members = append(p.members, newMember(d))
 	}
 	p.order, p.turns = arrange(strategy, p.members)
+	if strategy == Hash {
+		p.ring = newRing(p.members)
+	}
+	if err := p.prepareChecks(); err != nil {
+		return nil, fmt.Errorf("pool %s: %w", name, err)
+	}
 	return &Pool{p, members}, nil
 }
 
@@ -127,19 +157,35 @@ func (p *Pool) DialContext(ctx context.Context, network, address string) (net.Co
 	return dialContext(ctx, p, network, address)
 }
 
+// State returns what the operator has decided about the pool. Its members have states of their own.
+func (p *poolState) State() State { return State(p.switchedTo.Load()) }
+
+// SetState switches the pool. What is open through it belongs to the members, and is not ended.
+func (p *poolState) SetState(s State) { p.switchedTo.Store(uint32(s)) }
+
+// takesNames reports whether every member does.
+func (p *poolState) takesNames() bool {
+	for _, m := range p.members {
+		if n, ok := m.Dialer.(named); !ok || !n.takesNames() {
+			return false
+		}
+	}
+	return true
+}
+
 // Members returns the status of each member; Up is false for an ejected one.
 func (p *Pool) Members() []Status {
 	out := make([]Status, len(p.members))
 	for i, m := range p.members {
 		out[i] = StatusOf(m.Dialer)
-		out[i].Up = out[i].Up && m.ejectedUntil.Load() == 0
+		out[i].Up = out[i].Up && m.ejectedUntil.Load() == 0 && !m.off()
 	}
 	return out
 }
 
 // Status sums the members up: up if one is, the latency of the fastest that is up, and capable of what one of them is capable of.
 func (p *Pool) Status() Status {
-	s := Status{Name: p.name, URL: "pool:" + p.strategy, UDP: no, IPv6: no, RemoteDNS: no, Bind: no}
+	s := Status{Name: p.name, URL: "pool:" + p.strategy, UDP: no, IPv6: no, RemoteDNS: no, Bind: no, State: p.State()}
 	for _, m := range p.Members() {
 		s.Active, s.Total, s.Errors, s.Dropped = s.Active+m.Active, s.Total+m.Total, s.Errors+m.Errors, s.Dropped+m.Dropped
 		if m.Up && m.Latency > 0 && (s.Latency == 0 || m.Latency < s.Latency) {
@@ -157,12 +203,37 @@ func (p *Pool) Status() Status {
 
 // Dial tries members until one has a connection. A refusal by the destination is the truth, and ends it.
 func (p *Pool) Dial(ctx context.Context, dst flow.Addr) (flow.Conn, error) {
+	return p.dial(ctx, p.key(netip.Addr{}, &dst), func(ctx context.Context, d flow.Dialer) (flow.Conn, error) { return d.Dial(ctx, dst) })
+}
+
+// DialFlow is Dial to f.Dst for a flow whose source is known: a pool by hash may choose by it.
+func (p *Pool) DialFlow(ctx context.Context, f *flow.Flow) (flow.Conn, error) {
+	return p.dial(ctx, p.key(f.Src.Addr(), &f.Dst), func(ctx context.Context, d flow.Dialer) (flow.Conn, error) {
+		if fd, ok := d.(flow.FlowDialer); ok {
+			return fd.DialFlow(ctx, f)
+		}
+		return d.Dial(ctx, f.Dst)
+	})
+}
+
+func (p *Pool) dial(ctx context.Context, key uint64, open func(context.Context, flow.Dialer) (flow.Conn, error)) (flow.Conn, error) {
+	if p.State() != Enabled {
+		return nil, fmt.Errorf("pool %s: %w", p.name, errOff)
+	}
 	n := min(len(p.members), 1+max(0, p.cfg.Retry))
-	var tried tries
-	c, errs := race(ctx, n, p.stagger(ctx, n), func(ctx context.Context, _ int) (flow.Conn, error) {
-		i := tried.pick(p)
-		c, err := p.via[i].Dial(ctx, dst)
+	tried := tries{key: key}
+	first := tried.pick(p) // before the race: how long to wait for it depends on who it is
+	c, errs := race(ctx, n, p.stagger(ctx, n, first), func(ctx context.Context, k int) (flow.Conn, error) {
+		i := first
+		if k > 0 {
+			i = tried.pick(p)
+		}
+		begin := p.cfg.Now()
+		c, err := open(ctx, p.via[i])
 		p.note(ctx, i, err)
+		if err == nil && p.cfg.HedgePercentile > 0 {
+			p.members[i].times.add(p.cfg.Now().Sub(begin))
+		}
 		return c, err
 	}, func(err error) bool { return !errors.Is(err, flow.ErrRefused) }, flow.Conn.Abort)
 	if c == nil {
@@ -172,8 +243,12 @@ func (p *Pool) Dial(ctx context.Context, dst flow.Addr) (flow.Conn, error) {
 }
 
 // stagger returns when an attempt that still runs gets company.
-func (p *poolState) stagger(ctx context.Context, n int) time.Duration {
-	if p.cfg.Hedge > 0 {
+func (p *poolState) stagger(ctx context.Context, n, first int) time.Duration {
+	if p.cfg.HedgePercentile > 0 {
+		if usual, ok := p.members[first].times.at(p.cfg.HedgePercentile); ok {
+			return min(max(usual, minHedge), maxStagger)
+		}
+	} else if p.cfg.Hedge > 0 {
 		return p.cfg.Hedge
 	}
 	deadline, ok := ctx.Deadline()
@@ -185,7 +260,13 @@ func (p *poolState) stagger(ctx context.Context, n int) time.Duration {
 
 // ListenPacket opens an association with the first member that carries UDP.
 func (p *Pool) ListenPacket(ctx context.Context, f *flow.Flow) (flow.PacketConn, error) {
+	if p.State() != Enabled {
+		return nil, fmt.Errorf("pool %s: %w", p.name, errOff)
+	}
 	var tried tries
+	if f != nil {
+		tried.key = p.key(f.Src.Addr(), &f.Dst)
+	}
 	var errs []error
 	for failures := 0; len(tried.done) < len(p.members) && failures <= max(0, p.cfg.Retry) && ctx.Err() == nil; {
 		i := tried.pick(p)
@@ -203,6 +284,7 @@ func (p *Pool) ListenPacket(ctx context.Context, f *flow.Flow) (flow.PacketConn,
 
 // tries are the members that one flow has tried.
 type tries struct {
+	key  uint64 // of the flow, for Hash
 	mu   sync.Mutex
 	done []int
 }
@@ -211,32 +293,69 @@ type tries struct {
 func (t *tries) pick(p *Pool) int {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	i := p.choose(t.done)
+	i := p.choose(t.key, t.done)
 	t.done = append(t.done, i)
 	return i
 }
 
-// choose returns the first member in the strategy's order that is neither tried nor ejected, or else the one whose ejection ends first.
-func (p *poolState) choose(tried []int) int {
+// choose returns the first member in the strategy's order that is well and not tried yet. Failing that it is one that is well but not settled,
+// or else the one whose ejection ends first. Members that are switched off come last of all, and fail without being asked.
+func (p *poolState) choose(key uint64, tried []int) int {
 	now := p.cfg.Now().UnixNano()
-	first := p.first(now, tried)
-	last, lastUntil := -1, int64(0)
+	first := p.first(now, key, tried)
+	if p.strategy == Hash {
+		for k := range min(len(p.ring.owners), ringWalk) {
+			if i := p.ring.owner(first + k); p.fit(i, now, tried) && p.turnOf(i, now) == turnNow {
+				return i
+			}
+		}
+		first = p.ring.owner(first)
+	}
+	last, lastRank, lastUntil := -1, turnNever, int64(0)
 	for k := range p.order {
 		i := p.order[(first+k)%len(p.order)]
 		if slices.Contains(tried, i) {
 			continue
 		}
-		m := p.members[i]
-		until := m.ejectedUntil.Load()
-		// The time is over: one flow finds out whether the member is back, the others keep away from it until then.
-		if until == 0 || until <= now && m.ejectedUntil.CompareAndSwap(until, now+int64(probeTime)) {
+		rank := p.turnOf(i, now)
+		if rank == turnNow {
 			return i
 		}
-		if last < 0 || until < lastUntil {
-			last, lastUntil = i, until
+		if until := p.members[i].ejectedUntil.Load(); last < 0 || rank < lastRank || rank == lastRank && rank == turnOut && until < lastUntil {
+			last, lastRank, lastUntil = i, rank, until
 		}
 	}
 	return last
+}
+
+// The order in which members are resorted to.
+const (
+	turnNow      = iota
+	turnUnproven // well again, but not for long
+	turnOut      // ejected
+	turnNever    // switched off
+)
+
+// turnOf says whether it is a member's turn. Of a member that has been out, one flow a while finds out how it is; the others keep away.
+func (p *poolState) turnOf(i int, now int64) int {
+	m := p.members[i]
+	if m.off() {
+		return turnNever
+	}
+	if until := m.ejectedUntil.Load(); until != 0 {
+		if until <= now && m.ejectedUntil.CompareAndSwap(until, now+int64(probeTime)) {
+			return turnNow
+		}
+		return turnOut
+	}
+	settled := m.settledAt.Load()
+	if settled == 0 || now >= settled && m.settledAt.CompareAndSwap(settled, 0) {
+		return turnNow
+	}
+	if at := m.probeAt.Load(); now >= at && m.probeAt.CompareAndSwap(at, now+int64(probeTime)) {
+		return turnNow
+	}
+	return turnUnproven
 }
 
 // note records how an attempt ended. Whatever a member has answered shows that it lives, also a no.
@@ -244,6 +363,8 @@ func (p *poolState) note(ctx context.Context, i int, err error) {
 	m := p.members[i]
 	var faults int32
 	switch {
+	case errors.Is(err, errOff):
+		return // not its fault
 	case err != nil && errors.Is(ctx.Err(), context.Canceled):
 		return // the application gave up, or another member was faster
 	case errors.Is(err, flow.ErrUpstream):
@@ -258,10 +379,29 @@ func (p *poolState) note(ctx context.Context, i int, err error) {
 		}
 		m.faults.Store(0)
 		m.ejections.Store(0)
-		if m.ejectedUntil.Swap(0) != 0 {
+		if m.ejectedUntil.Load() != 0 {
+			p.settle(m)
+			m.ejectedUntil.Store(0)
 			p.cfg.Log.Info("upstream is back", zap.String("pool", p.name), zap.String("upstream", m.Name()))
 		}
 		return
+	}
+	p.punish(m, faults, err)
+}
+
+// settle lets a member that is back prove itself before Failover returns to it. Other strategies have no better members to return to.
+func (p *poolState) settle(m *member) {
+	if p.strategy == Failover && len(p.members) > 1 {
+		now := p.cfg.Now()
+		m.probeAt.Store(now.Add(probeTime).UnixNano())
+		m.settledAt.Store(now.Add(p.cfg.Settle).UnixNano())
+	}
+}
+
+// punish ejects a member that has failed often enough.
+func (p *poolState) punish(m *member, faults int32, err error) {
+	if m.settledAt.Load() != 0 && errors.Is(err, flow.ErrUpstream) {
+		p.settle(m) // from the beginning
 	}
 	now := p.cfg.Now()
 	until := m.ejectedUntil.Load()

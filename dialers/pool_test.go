@@ -229,8 +229,24 @@ func TestPoolEjects(t *testing.T) {
 		}
 		m[0].dial = nil
 		<-time.After(30 * time.Second)
-		if got := dials(t, p, 2); got != "m0 m0" {
+		if got := dials(t, p, 3); got != "m0 m1 m1" { // it has answered once; that is not enough to rely on it
 			t.Errorf("back: %s", got)
+		}
+		<-time.After(probeTime)
+		if got := dials(t, p, 2); got != "m0 m1" {
+			t.Errorf("looked after: %s", got)
+		}
+		m[0].dial = fails(flow.ErrUpstream)
+		<-time.After(probeTime)
+		dials(t, p, 1)
+		m[0].dial = nil
+		<-time.After(defaultEject - time.Second)
+		if got := dials(t, p, 3); got != "m0 m1 m1" {
+			t.Errorf("a failure does not begin the while again: %s", got)
+		}
+		<-time.After(2 * time.Second)
+		if got := dials(t, p, 2); got != "m0 m0" {
+			t.Errorf("settled: %s", got)
 		}
 		var said []string
 		for _, e := range logs.All() {

@@ -6,6 +6,7 @@ import (
 	"cmp"
 	"math/rand/v2"
 	"slices"
+	"time"
 
 	"github.com/mutex-proxy/mutex/flow"
 )
@@ -18,28 +19,46 @@ const (
 	LeastConnections = "least-connections" // by weight
 	LeastLatency     = "least-latency"     // by the time the server takes to accept, and its connections
 	Failover         = "failover"          // by priority, then in the order of the configuration
+	Hash             = "hash"              // the same for the same destination, or source, or both; see HashBy
 )
 
 // strategies are those that NewPool knows.
 func strategies() []string {
-	return []string{RoundRobin, Weighted, Random, LeastConnections, LeastLatency, Failover}
+	return []string{RoundRobin, Weighted, Random, LeastConnections, LeastLatency, Failover, Hash}
 }
+
+// sampled is how many members least-connections and least-latency compare. Pools of up to that many are compared whole; of larger ones a
+// sample, which costs the same however many there are: the best of eight at random is among the best third of all 19 times of 20, and that
+// flows cannot all see the same best member and flood it is worth more than the rest.
+const sampled = 8
 
 // maxSchedule bounds the sequence of turns of a weighted pool; weights are scaled down to fit.
 const maxSchedule = 4096
 
 // gauged is implemented by the upstreams of this package.
 type gauged interface {
-	// gauge returns how many connections are open, and the average time in ns that the server takes to accept one; 0 if not known yet.
-	gauge() (active, latency int64)
+	// gauge returns how many connections are open, and the time in ns that the server takes to accept one; 0 if not known yet. now is Unix ns.
+	gauge(now int64) (active, latency int64)
 }
 
-func (s *stats) gauge() (active, latency int64) { return max(0, s.active.Load()), s.latency.Load() }
+// latencyHalf is how long it takes until what is known of an idle server's latency counts half. A server that was slow once must be asked
+// again some time, and only a flow can.
+const latencyHalf = int64(time.Minute)
+
+// gauge lets the latency decay while nobody asks the server.
+func (s *stats) gauge(now int64) (active, latency int64) {
+	active, latency = max(0, s.active.Load()), s.latency.Load()
+	seen := s.observed.Load()
+	if idle := (now - seen) / latencyHalf; seen != 0 && idle > 0 && latency > 0 {
+		latency = max(1, latency>>min(idle, 62)) // never 0: that would mean unknown
+	}
+	return active, latency
+}
 
 // gauge of a pool is the sum of its members' connections, and the latency of its fastest.
-func (p *Pool) gauge() (active, latency int64) {
+func (p *poolState) gauge(now int64) (active, latency int64) {
 	for _, m := range p.members {
-		a, l := m.gauge()
+		a, l := m.gauge(now)
 		active += a
 		if l > 0 && (latency == 0 || l < latency) {
 			latency = l
@@ -48,16 +67,17 @@ func (p *Pool) gauge() (active, latency int64) {
 	return active, latency
 }
 
-func (m *member) gauge() (active, latency int64) {
+func (m *member) gauge(now int64) (active, latency int64) {
 	if m.gauged == nil {
 		return 0, 0
 	}
-	return m.gauged.gauge()
+	return m.gauged.gauge(now)
 }
 
 func newMember(d flow.Dialer) *member {
 	m := &member{Dialer: d, weight: 1}
 	m.gauged, _ = d.(gauged)
+	m.switched, _ = d.(switched)
 	if s, ok := d.(interface{ Spec() Spec }); ok {
 		m.weight, m.priority = max(1, s.Spec().Weight), s.Spec().Priority
 	}
@@ -117,8 +137,8 @@ func gcd(a, b int) int {
 	return a
 }
 
-// first returns the place in the order at which the strategy starts.
-func (p *poolState) first(now int64, tried []int) int {
+// first returns the place in the order at which the strategy starts; for hash, the place on the ring.
+func (p *poolState) first(now int64, key uint64, tried []int) int {
 	n := len(p.members)
 	switch p.strategy {
 	case RoundRobin:
@@ -134,12 +154,18 @@ func (p *poolState) first(now int64, tried []int) int {
 	case LeastConnections, LeastLatency:
 		best := rand.IntN(n) // among equals, not always the same
 		start := best
-		for k := 1; k < n; k++ {
-			if i := (start + k) % n; p.better(i, best, now, tried) {
+		for k := 1; k < min(n, sampled); k++ {
+			i := (start + k) % n
+			if n > sampled {
+				i = rand.IntN(n)
+			}
+			if p.better(i, best, now, tried) {
 				best = i
 			}
 		}
 		return best
+	case Hash:
+		return p.ring.at(key)
 	}
 	return 0
 }
@@ -150,8 +176,8 @@ func (p *poolState) better(a, b int, now int64, tried []int) bool {
 		return fa
 	}
 	ma, mb := p.members[a], p.members[b]
-	activeA, latencyA := ma.gauge()
-	activeB, latencyB := mb.gauge()
+	activeA, latencyA := ma.gauge(now)
+	activeB, latencyB := mb.gauge(now)
 	if p.strategy == LeastLatency {
 		return latencyA*(activeA+1) < latencyB*(activeB+1) // one that is not known yet comes first, and is known then
 	}
@@ -160,6 +186,6 @@ func (p *poolState) better(a, b int, now int64, tried []int) bool {
 
 // fit reports whether a member can be tried now.
 func (p *poolState) fit(i int, now int64, tried []int) bool {
-	until := p.members[i].ejectedUntil.Load()
-	return until <= now && !slices.Contains(tried, i)
+	m := p.members[i]
+	return m.ejectedUntil.Load() <= now && !m.off() && !slices.Contains(tried, i)
 }

@@ -171,7 +171,7 @@ func (h *Handler) TCP(ctx context.Context, src, orig netip.AddrPort, p Pending) 
 // forward dials while the SYN is held, answers it, and relays until both sides are done.
 func (h *Handler) forward(ctx context.Context, f *Flow, e *entry, via Dialer, p Pending, head []byte) {
 	begin := h.cfg.Now()
-	up, err := h.dial(ctx, via, f.Dst)
+	up, err := h.dial(ctx, via, f)
 	connect := h.cfg.Now().Sub(begin)
 	if err != nil {
 		h.blame(ctx, via, err)
@@ -194,14 +194,17 @@ func (h *Handler) forward(ctx context.Context, f *Flow, e *entry, via Dialer, p 
 }
 
 // dial opens a connection within the flow's dial time-out, waiting for its turn included.
-func (h *Handler) dial(ctx context.Context, via Dialer, dst Addr) (Conn, error) {
+func (h *Handler) dial(ctx context.Context, via Dialer, f *Flow) (Conn, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, h.dialTimeout(), ErrTimeout)
 	defer cancel()
 	if err := h.takeTurn(ctx); err != nil {
 		return nil, err
 	}
 	defer func() { <-h.dials }()
-	return via.Dial(ctx, dst)
+	if d, ok := via.(FlowDialer); ok {
+		return d.DialFlow(ctx, f)
+	}
+	return via.Dial(ctx, f.Dst)
 }
 
 // takeTurn waits until fewer than maxDials upstreams are being asked.
