@@ -83,6 +83,7 @@ type Pool struct {
 	Members  []string `json:"members" required:"true" doc:"Names of upstreams or of other pools, without cycles."`
 	Strategy string   `json:"strategy" default:"round-robin" enum:"round-robin,weighted,least-connections,random,hash,least-latency,failover" doc:"How a member is chosen for a flow."`
 	Retry    int      `json:"retry" default:"2" min:"0" max:"16" doc:"How many other members are tried before the application is told anything."`
+	HashBy   string   `json:"hash_by" default:"destination" enum:"destination,source,both" doc:"With the strategy hash: what keeps its member, flows to the same name or address, flows of the same source address, or flows of the same source to the same destination."`
 	Hedge    string   `json:"hedge" default:"off" pattern:"^(off|p[1-9][0-9]?|[0-9.]+(ms|s))$" doc:"When a second member is tried beside the first: off, a percentile of the connect times (p95), or a duration (300ms)."`
 	Health   Health   `json:"health" doc:"How members are watched."`
 }
@@ -91,7 +92,7 @@ type Pool struct {
 type Health struct {
 	Interval Duration `json:"interval" default:"30s" min:"1s" max:"24h" doc:"Time between two active checks of a member."`
 	Timeout  Duration `json:"timeout" default:"5s" min:"100ms" max:"5m" doc:"How long one active check may take."`
-	Target   string   `json:"target" doc:"host:port that an active check connects to through the member. Empty: no active checks."`
+	Target   string   `json:"target" doc:"What an active check reaches through the member: host:port (it accepts a TCP connection), or a URL http://host/path or https://host/path (it answers 2xx or 3xx). Empty: no active checks."`
 	Passive  Passive  `json:"passive" doc:"What failed flows do to a member."`
 }
 

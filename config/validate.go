@@ -215,7 +215,8 @@ func (v *validator) pool(path, name string, p *Pool) {
 			v.add(at, "%q is a member twice: use weight", m)
 		}
 	}
-	if p.Health.Target != "" {
+	// dialers reads URLs.
+	if t := p.Health.Target; t != "" && !strings.HasPrefix(t, "http://") && !strings.HasPrefix(t, "https://") {
 		if err := checkHostPort(p.Health.Target, false); err != nil {
 			v.add(path+".health.target", "%v", err)
 		}

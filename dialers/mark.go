@@ -67,6 +67,9 @@ func NewNet(cfg NetConfig) *Net {
 	return &Net{cfg: cfg}
 }
 
+// Logger returns the logger of the configuration, or one that writes nothing.
+func (n *Net) Logger() *zap.Logger { return n.cfg.Log }
+
 // DialTCP connects to an address. The result is a plain socket: it implements syscall.Conn.
 func (n *Net) DialTCP(ctx context.Context, to netip.AddrPort) (flow.Conn, error) {
 	c, err := n.dialTCP(ctx, to)

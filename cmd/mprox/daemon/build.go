@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -30,6 +31,7 @@ type upstreams struct {
 	cfg     *config.Config
 	dialers map[string]flow.Dialer // upstreams, pools and direct
 	actions map[string]flow.Action // upstreams with a reject:// or drop:// URL
+	log     *zap.Logger
 }
 
 // Check reports everything that is wrong with a configuration that parses: what its URLs, rules and servers mean. It is a config.Check,
@@ -78,22 +80,13 @@ func supportedElsewhere(cfg *config.Config) error {
 	if cfg.Audit.File != "" {
 		errs = append(errs, &routing.PathError{Path: "$.audit.file", Err: flow.ErrNotSupported})
 	}
-	for _, name := range slices.Sorted(maps.Keys(cfg.Pools)) {
-		p, path := cfg.Pools[name], configPath("pools", name)
-		if p.Health.Target != "" {
-			errs = append(errs, &routing.PathError{Path: path + ".health.target", Err: flow.ErrNotSupported})
-		}
-		if strings.HasPrefix(p.Hedge, "p") {
-			errs = append(errs, &routing.PathError{Path: path + ".hedge", Err: flow.ErrNotSupported})
-		}
-	}
 	return errors.Join(errs...)
 }
 
 // buildUpstreams makes the upstreams and pools. What old has that has not changed is kept, with what it has learned and counted. With an
 // error the result serves only to check the rest of the configuration.
 func buildUpstreams(cfg *config.Config, net *dialers.Net, old *upstreams) (*upstreams, error) {
-	u := &upstreams{cfg: cfg, dialers: make(map[string]flow.Dialer), actions: make(map[string]flow.Action)}
+	u := &upstreams{cfg: cfg, dialers: make(map[string]flow.Dialer), actions: make(map[string]flow.Action), log: net.Logger()}
 	var errs config.Errors
 	for _, name := range slices.Sorted(maps.Keys(cfg.Upstreams)) {
 		if err := u.add(name, net, old); err != nil {
@@ -150,6 +143,12 @@ func (u *upstreams) add(name string, net *dialers.Net, old *upstreams) error {
 		u.dialers[name] = d
 		return nil
 	}
+	if spec.Weight == 0 {
+		spec.Weight = c.Weight
+	}
+	if spec.Priority == 0 {
+		spec.Priority = c.Priority
+	}
 	authenticate(&spec, c.Auth)
 	if err := spec.ReadSecrets(); err != nil {
 		return err
@@ -199,7 +198,7 @@ func (u *upstreams) addPool(name string, old *upstreams) error {
 		u.dialers[name] = d
 		return nil
 	}
-	pool, err := dialers.NewPool(name, c.Strategy, members, poolConfig(c))
+	pool, err := dialers.NewPool(name, c.Strategy, members, poolConfig(c, u.log))
 	if err != nil {
 		return err
 	}
@@ -207,15 +206,47 @@ func (u *upstreams) addPool(name string, old *upstreams) error {
 	return nil
 }
 
-func poolConfig(c config.Pool) dialers.PoolConfig {
-	p := dialers.PoolConfig{Retry: c.Retry, Failures: c.Health.Passive.Failures, Eject: c.Health.Passive.Eject.D()}
+func poolConfig(c config.Pool, log *zap.Logger) dialers.PoolConfig {
+	p := dialers.PoolConfig{
+		Retry: c.Retry, Failures: c.Health.Passive.Failures, Eject: c.Health.Passive.Eject.D(), Log: log,
+		Health: dialers.HealthConfig{Target: c.Health.Target, Interval: c.Health.Interval.D(), Timeout: c.Health.Timeout.D()},
+	}
+	switch c.HashBy {
+	case "source":
+		p.HashBy = dialers.BySource
+	case "both":
+		p.HashBy = dialers.ByBoth
+	}
 	if c.Retry == 0 {
 		p.Retry = -1 // the schema's 0 is none, the pool's is the default
 	}
 	if d, err := time.ParseDuration(c.Hedge); err == nil {
 		p.Hedge = d
+	} else if percent, ok := strings.CutPrefix(c.Hedge, "p"); ok {
+		p.HedgePercentile, _ = strconv.Atoi(percent) // config has checked it
 	}
 	return p
+}
+
+// startChecks begins the health checks of the pools. Pools that are shared with an older set have theirs running already.
+func (u *upstreams) startChecks() {
+	for _, d := range u.dialers {
+		if p, ok := d.(*dialers.Pool); ok {
+			p.Start()
+		}
+	}
+}
+
+// stopChecks ends the health checks of the pools that next has not taken over, and waits for them. Both may be nil.
+func (u *upstreams) stopChecks(next *upstreams) {
+	if u == nil {
+		return
+	}
+	for name, d := range u.dialers {
+		if p, ok := d.(*dialers.Pool); ok && (next == nil || next.dialers[name] != d) {
+			_ = p.Close() // never fails
+		}
+	}
 }
 
 // unchanged returns the upstream that old has for an unchanged configuration of it, or nil.

@@ -7,6 +7,7 @@ import (
 	"reflect"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/mutex-proxy/mutex/config"
 	"github.com/mutex-proxy/mutex/dialers"
@@ -87,6 +88,45 @@ func TestCheckRefusesKeysWithoutCode(t *testing.T) {
 				t.Errorf("got %v, want %s: not supported yet", err, tt.path)
 			}
 		})
+	}
+}
+
+// What a configuration says about pools reaches them.
+func TestPoolConfiguration(t *testing.T) {
+	cfg, err := config.Parse("test.json", []byte(`{
+		"upstreams": { "a": { "url": "socks5h://192.0.2.1", "weight": 3, "priority": 7 }, "b": { "url": "socks5h://192.0.2.2?weight=5", "weight": 2 } },
+		"pools": { "p": { "members": ["a", "b"], "strategy": "hash", "hash_by": "both", "hedge": "p95", "retry": 0,
+			"health": { "target": "https://example.com/up", "interval": "7s", "timeout": "2s", "passive": { "failures": 4, "eject": "9s" } } } },
+		"contexts": { "default": { "default": "p" } } }`), Check)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := poolConfig(cfg.Pools["p"], nil)
+	want := dialers.PoolConfig{
+		Retry: -1, Failures: 4, Eject: 9 * time.Second, HedgePercentile: 95, HashBy: dialers.ByBoth,
+		Health: dialers.HealthConfig{Target: "https://example.com/up", Interval: 7 * time.Second, Timeout: 2 * time.Second},
+	}
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("got %+v, want %+v", got, want)
+	}
+	u, err := buildUpstreams(cfg, dialers.NewNet(dialers.NetConfig{}), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string][2]int{"a": {3, 7}, "b": {5, 0}} {
+		s := u.dialers[name].(interface{ Spec() dialers.Spec }).Spec()
+		if s.Weight != want[0] || s.Priority != want[1] {
+			t.Errorf("%s: weight %d, priority %d, want %v", name, s.Weight, s.Priority, want)
+		}
+	}
+	u.startChecks()
+	u.stopChecks(u) // taken over: they go on
+	u.stopChecks(nil)
+	_, err = config.Parse("test.json", []byte(`{
+		"upstreams": { "a": { "url": "socks5://192.0.2.1" } }, "pools": { "p": { "members": "a", "health": { "target": "example.com:443" } } },
+		"contexts": { "default": { "default": "p", "dns": { "servers": "tcp://192.0.2.53" } } } }`), Check)
+	if err == nil || !strings.Contains(err.Error(), "$.pools.p: ") || !strings.Contains(err.Error(), "takes no names") {
+		t.Errorf("a target that a member cannot resolve: %v", err)
 	}
 }
 

@@ -145,6 +145,7 @@ func (d *Daemon) start(ctx context.Context) error {
 	if err := d.manager.Apply(ctx, d.spec()); err != nil {
 		return err
 	}
+	d.ups.startChecks()
 	d.server = control.NewServer(control.Config{
 		Socket: d.opt.Socket, Group: d.cfg.Control.Group, HTTPListen: d.cfg.HTTP.Listen, Backend: backend{d}, Metrics: d.metrics, Log: d.log,
 	})
@@ -171,6 +172,8 @@ func (d *Daemon) shutdown(mode policy.StopMode) error {
 	d.leftovers.Wait()
 	d.reload.Lock()
 	defer d.reload.Unlock()
+	_, ups := d.current()
+	ups.stopChecks(nil)
 	for _, c := range d.live() {
 		errs = append(errs, c.handler.Close())
 	}

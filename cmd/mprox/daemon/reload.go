@@ -56,6 +56,8 @@ func (d *Daemon) Reload(ctx context.Context) (err error) {
 	if d.opt.SetLevel != nil {
 		d.opt.SetLevel(cfg.Log)
 	}
+	oldUps.stopChecks(ups)
+	ups.startChecks()
 	d.mu.Lock()
 	d.cfg, d.digest, d.ups = cfg, digest, ups
 	d.generation++
