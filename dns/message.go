@@ -39,7 +39,9 @@ func (q question) host() string { return strings.TrimSuffix(q.name, ".") }
 type request struct {
 	question
 	asked  string // the name exactly as the client wrote it: some compare letter case (0x20)
+	class  uint16 // and the class: a reply to another question is not heard
 	id     uint16
+	opcode int
 	rd, ad bool
 	edns   bool
 	size   int // the largest reply the client takes
@@ -74,11 +76,11 @@ func parse(query []byte, network flow.Network) (*request, int, error) {
 	if len(query) < headerSize || query[2]&0x80 != 0 { // shorter than a header, or a response
 		return nil, 0, ErrNotDNS
 	}
-	r := &request{id: binary.BigEndian.Uint16(query), rd: query[2]&1 != 0, size: dns.MaxMsgSize}
+	r := &request{id: binary.BigEndian.Uint16(query), opcode: int(query[2] >> 3 & 0xf), rd: query[2]&1 != 0, size: dns.MaxMsgSize}
 	if network == flow.UDP {
 		r.size = dns.MinMsgSize
 	}
-	if query[2]>>3&0xf != dns.OpcodeQuery {
+	if r.opcode != dns.OpcodeQuery {
 		return r, dns.RcodeNotImplemented, nil
 	}
 	// Exactly one question (RFC 9619); answers in a query are for zone transfers, which are not for us.
@@ -94,7 +96,7 @@ func parse(query []byte, network flow.Network) (*request, int, error) {
 		return r, dns.RcodeFormatError, nil
 	}
 	q := m.Question[0]
-	r.asked, r.ad = q.Name, m.AuthenticatedData
+	r.asked, r.class, r.ad = q.Name, q.Qclass, m.AuthenticatedData
 	r.question = question{name: strings.ToLower(q.Name), qtype: q.Qtype, cd: m.CheckingDisabled}
 	opts := 0
 	for _, rr := range m.Extra {
@@ -139,12 +141,12 @@ func unpack(wire []byte) (*dns.Msg, error) {
 // reply packs the answer, cut with the TC bit to what the client takes.
 func (r *request) reply(a answer) []byte {
 	m := &dns.Msg{}
-	m.Id, m.Response, m.RecursionDesired, m.RecursionAvailable = r.id, true, r.rd, true
+	m.Id, m.Opcode, m.Response, m.RecursionDesired, m.RecursionAvailable = r.id, r.opcode, true, r.rd, true
 	m.CheckingDisabled = r.cd
 	m.AuthenticatedData = a.ad && (r.ad || r.do) // RFC 6840 section 5.8
 	m.Rcode = a.rcode
 	if r.asked != "" {
-		m.Question = []dns.Question{{Name: r.asked, Qtype: r.qtype, Qclass: dns.ClassINET}}
+		m.Question = []dns.Question{{Name: r.asked, Qtype: r.qtype, Qclass: r.class}}
 	}
 	for _, rr := range a.rrs {
 		if h := rr.Header(); h.Name != r.asked && strings.EqualFold(h.Name, r.asked) {
@@ -172,7 +174,7 @@ func (r *request) reply(a answer) []byte {
 func (r *request) header(rcode int) []byte {
 	b := make([]byte, headerSize)
 	binary.BigEndian.PutUint16(b, r.id)
-	b[2], b[3] = 0x80, 0x80|byte(rcode&0xf)
+	b[2], b[3] = 0x80|byte(r.opcode<<3), 0x80|byte(rcode&0xf)
 	if r.rd {
 		b[2] |= 1
 	}

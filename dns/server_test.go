@@ -204,6 +204,14 @@ func TestHygiene(t *testing.T) {
 			if got := strings.Replace(rcodeName(uint16(m.Rcode)), "BADSIG", "BADVERS", 1); got != tt.want || m.Id != 0x1234 || !m.Response {
 				t.Errorf("got %s, want %s:\n%s", got, tt.want, m)
 			}
+			// Clients do not hear a reply to something else.
+			if op := int(tt.query[2] >> 3 & 0xf); m.Opcode != op {
+				t.Errorf("opcode %d, want %d", m.Opcode, op)
+			}
+			asked := new(dns.Msg)
+			if asked.Unpack(tt.query) == nil && len(m.Question) == 1 && m.Question[0] != asked.Question[0] {
+				t.Errorf("a reply to %v, want %v", m.Question[0], asked.Question[0])
+			}
 		})
 	}
 }
