@@ -20,6 +20,11 @@ const (
 	halfIdle = time.Hour
 	// lingerTime is how long what one side has sent before it failed may take to reach the other.
 	lingerTime = 5 * time.Second
+	// discardFast bounds the bytes of a side that nobody listens to which are read as fast as they come: more than two kernels hold of an
+	// answer's end. Who sends more is not about to end, and would, for as long as we linger, cost as much as a download that somebody wants.
+	// From then on a buffer is read each discardPace: often enough to see the end, and the sender's window does the rest.
+	discardFast = 1 << 20
+	discardPace = 20 * time.Millisecond
 )
 
 // relaying is one flow being relayed.
@@ -219,11 +224,22 @@ func (r *relaying) copy(dst io.Writer, src io.Reader, c *Counter) error {
 func (r *relaying) discard(src io.Reader) error {
 	buf := r.buffers.get()
 	defer r.buffers.put(buf)
-	for {
-		if _, err := src.Read(buf[:]); errors.Is(err, io.EOF) {
+	var pace *time.Ticker
+	for total := 0; ; {
+		n, err := src.Read(buf[:])
+		switch {
+		case errors.Is(err, io.EOF):
 			return nil
-		} else if err != nil {
+		case err != nil:
 			return err
 		}
+		if total += n; total <= discardFast {
+			continue
+		}
+		if pace == nil {
+			pace = time.NewTicker(discardPace)
+			defer pace.Stop()
+		}
+		<-pace.C
 	}
 }

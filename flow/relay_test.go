@@ -386,6 +386,27 @@ func TestRelayDeafUpstreamLingers(t *testing.T) {
 	})
 }
 
+// A download that the application has hung up on is not pulled through the line for as long as we linger.
+func TestRelayDeafApplicationCostsLittle(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		app, up, _, result := memRelay(t, "")
+		_ = app.Close()
+		sent := 0
+		for chunk := make([]byte, 16<<10); ; {
+			n, err := up.Write(chunk)
+			if sent += n; err != nil {
+				break
+			}
+		}
+		if err := <-result; err == nil {
+			t.Error("no error")
+		}
+		if limit := discardFast + int(lingerTime/discardPace+1)*bufferSize + 8*halfSize; sent < discardFast || sent > limit {
+			t.Errorf("%d bytes were read for nobody, wanted %d to %d", sent, discardFast, limit)
+		}
+	})
+}
+
 func TestRelayDoesNotAllocatePerChunk(t *testing.T) {
 	e := mustAdd(t, NewTable(TableConfig{}), func(error) {})
 	r := &relaying{e: e, buffers: newBufferPool()}
