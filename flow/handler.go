@@ -258,6 +258,10 @@ func (h *Handler) name(f *Flow) (release func(), err error) {
 	host, src, ok := h.names.HostOf(ip)
 	if !ok {
 		h.names.Release(ip)
+		f.Dst = Addr{Port: f.Dst.Port} // no upstream is ever sent a fake IP
+		if h.ask(h.rules.Load(), f).Action == Resolve {
+			return func() {}, nil // queries are answered whomever they are for
+		}
 		return nil, fmt.Errorf("%w: %s", errUnmapped, ip)
 	}
 	f.Dst = Addr{Host: host, Port: f.Dst.Port}

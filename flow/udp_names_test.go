@@ -111,6 +111,8 @@ func TestUDPDNS(t *testing.T) {
 		u.send("127.0.0.53:53", "query")
 		u.send("127.0.0.53:53", "junk")
 		u.want([]string{"127.0.0.53:53 udp:query"}, nil)
+		u.send("198.18.0.9:53", "forgotten") // a fake IP that stands for nothing (any more)
+		u.want([]string{"198.18.0.9:53 udp:forgotten"}, nil)
 		for range maxPipelined + 3 {
 			u.send("127.0.0.53:53", "slow")
 		}
