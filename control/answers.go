@@ -55,6 +55,36 @@ func getContexts(c *call) (any, error) { return c.visible().Contexts, nil }
 
 func getUpstreams(c *call) (any, error) { return c.visible().Upstreams, nil }
 
+func postUpstreamTest(c *call) (any, error) {
+	target := c.query.Get("target")
+	if target == "" {
+		target = client.DefaultTestTarget
+	}
+	if _, port, err := net.SplitHostPort(target); err != nil || port == "" {
+		return nil, badRequest("target", "%q is not host:port", target)
+	}
+	name := c.r.PathValue("name")
+	c.audit("upstream tested", zap.String("upstream", name), zap.String("target", target))
+	t, err := c.cfg.Backend.TestUpstream(c.ctx, name, target)
+	if err != nil {
+		return nil, err
+	}
+	t.Steps = orEmpty(t.Steps)
+	return t, nil
+}
+
+func postUpstreamState(state string) func(*call) (any, error) {
+	return func(c *call) (any, error) {
+		name := c.r.PathValue("name")
+		if err := c.cfg.Backend.SetUpstream(name, state); err != nil {
+			return nil, err
+		}
+		c.audit("upstream switched", zap.String("upstream", name), zap.String("state", state))
+		c.Publish(Event{Kind: "upstream_" + state, UID: int64(c.peer.UID), Message: "upstream " + name + " is " + state})
+		return nil, nil
+	}
+}
+
 func getHealth(c *call) (any, error) {
 	h := healthOf(c.cfg.Backend.Health(c.ctx))
 	if !c.trusted {

@@ -25,6 +25,10 @@ type (
 	ContextStatus = client.ContextStatus
 	// UpstreamStatus is one upstream and what is known of it.
 	UpstreamStatus = client.UpstreamStatus
+	// UpstreamTest is what came of trying an upstream.
+	UpstreamTest = client.UpstreamTest
+	// TestStep is one step of it.
+	TestStep = client.TestStep
 	// GuardStatus is the state of the guard.
 	GuardStatus = client.GuardStatus
 	// DNSStatus counts queries.
@@ -80,6 +84,10 @@ type Backend interface {
 	WatchFlows(ctx context.Context) <-chan flow.Info
 	// KillFlow resets one flow; false if there is none of that ID.
 	KillFlow(id uint64) bool
+	// TestUpstream tries an upstream or a pool with a connection to target, host:port. An *Error of code not_found if there is none of that name.
+	TestUpstream(ctx context.Context, name, target string) (UpstreamTest, error)
+	// SetUpstream switches an upstream or a pool to enabled, draining or disabled; the latter ends its flows. Errors as for TestUpstream.
+	SetUpstream(name, state string) error
 	// Explain walks the rules for a flow that need not exist. The request is complete: Network is tcp or udp, Dest host:port.
 	Explain(ctx context.Context, r ExplainRequest) (Explanation, error)
 	// ExchangeDNS answers one DNS message as if a process of the context had sent it. An empty name means the only context, or "default".

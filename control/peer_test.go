@@ -31,7 +31,9 @@ func startUntrusted(t *testing.T) *daemon {
 
 func TestWithoutAuthority(t *testing.T) {
 	d := startUntrusted(t)
-	for _, path := range []string{"/v1/reload", "/v1/shutdown"} {
+	for _, path := range []string{
+		"/v1/reload", "/v1/shutdown", "/v1/upstreams/paris/test", "/v1/upstreams/paris/enable", "/v1/upstreams/paris/disable", "/v1/upstreams/paris/drain",
+	} {
 		if status, body := d.do(t, "POST", path, ""); status != http.StatusForbidden || !strings.Contains(body, "group 0") {
 			t.Errorf("%s: got %d %s", path, status, body)
 		}

@@ -47,6 +47,8 @@ const (
 	callLimit = 10 * time.Second
 	// reloadLimit bounds a reload: upstreams given by name may have to be resolved.
 	reloadLimit = 55 * time.Second
+	// testLimit bounds a test of an upstream, or of all members of a pool.
+	testLimit = 30 * time.Second
 	// leaseLimit bounds the making of a context.
 	leaseLimit = 20 * time.Second
 )
@@ -60,6 +62,10 @@ func (s *Server) routes() []route {
 		{method: "DELETE", path: "/v1/flows/{id}", open: true, answer: deleteFlow},
 		{method: "GET", path: "/v1/contexts", open: true, answer: getContexts},
 		{method: "GET", path: "/v1/upstreams", open: true, answer: getUpstreams},
+		{method: "POST", path: "/v1/upstreams/{name}/test", query: []string{"target"}, limit: testLimit, answer: postUpstreamTest},
+		{method: "POST", path: "/v1/upstreams/{name}/enable", answer: postUpstreamState("enabled")},
+		{method: "POST", path: "/v1/upstreams/{name}/disable", answer: postUpstreamState("disabled")},
+		{method: "POST", path: "/v1/upstreams/{name}/drain", answer: postUpstreamState("draining")},
 		{method: "GET", path: "/v1/stats", open: true, query: []string{"format"}, answer: getStats},
 		{method: "GET", path: "/v1/explain", open: true, query: explainQuery(), answer: getExplain},
 		{method: "GET", path: "/v1/dns/query", query: []string{"context", "name", "type"}, answer: getDNSQuery},

@@ -85,6 +85,23 @@ func (d *daemon) do(t *testing.T, method, path, body string) (int, string) {
 	return resp.StatusCode, string(data)
 }
 
+func TestUpstreamCalls(t *testing.T) {
+	d := start(t)
+	for call, want := range map[string]int{
+		"/v1/upstreams/paris/test": http.StatusOK, "/v1/upstreams/paris/test?target=192.0.2.1:80": http.StatusOK,
+		"/v1/upstreams/none/test": http.StatusNotFound, "/v1/upstreams/none/drain": http.StatusNotFound, "/v1/upstreams/paris/other": http.StatusNotFound,
+		"/v1/upstreams/paris/test?target=a": http.StatusBadRequest, "/v1/upstreams/paris/test?to=a:1": http.StatusBadRequest,
+		"/v1/upstreams/paris/disable": http.StatusNoContent,
+	} {
+		if status, body := d.do(t, "POST", call, ""); status != want {
+			t.Errorf("%s: %d %s, want %d", call, status, body, want)
+		}
+	}
+	if st := d.Status(t.Context()).Upstreams[1].State; st != "disabled" {
+		t.Errorf("paris is %s", st)
+	}
+}
+
 func TestAnswersGolden(t *testing.T) {
 	d := start(t)
 	for path, file := range map[string]string{

@@ -86,13 +86,13 @@ func contextTable(list []client.ContextStatus) *table {
 }
 
 func upstreamTable(list []client.UpstreamStatus) *table {
-	t := &table{head: []string{"UPSTREAM", "UP", "LATENCY", "ACTIVE", "TOTAL", "ERRORS", "UDP", "IPV6", "NAMES", "URL"}}
+	t := &table{head: []string{"UPSTREAM", "STATE", "UP", "LATENCY", "ACTIVE", "TOTAL", "ERRORS", "UDP", "IPV6", "NAMES", "URL"}}
 	for _, u := range list {
 		latency := cell{text: "-", right: true}
 		if u.LatencySeconds > 0 {
 			latency.text = span(u.LatencySeconds)
 		}
-		t.add(text(u.Name), yesNo(u.Up), latency, number(u.Active), number(u.Total), number(u.Errors),
+		t.add(text(u.Name), orDash(u.State), yesNo(u.Up), latency, number(u.Active), number(u.Total), number(u.Errors),
 			text(u.UDP), text(u.IPv6), text(u.RemoteDNS), text(u.URL))
 	}
 	return t
@@ -114,33 +114,6 @@ func newContextsCommand(g *globals) *cobra.Command {
 			})
 		},
 	}
-}
-
-func newUpstreamsCommand(g *globals) *cobra.Command {
-	list := func(cmd *cobra.Command, _ []string) error {
-		return g.ask(cmd, callTimeout, func(ctx context.Context, c *client.Client) error {
-			list, err := c.Upstreams(ctx)
-			if err != nil {
-				return err
-			}
-			return show(g, cmd.OutOrStdout(), list, upstreamTable)
-		})
-	}
-	cmd := &cobra.Command{
-		Use:     "upstreams",
-		Short:   "List the upstreams: whether they work, how fast, and what they carry",
-		Example: examples("mprox upstreams", "mprox upstreams list -o json"),
-		Args:    cobra.NoArgs,
-		RunE:    list,
-	}
-	cmd.AddCommand(&cobra.Command{
-		Use:     "list",
-		Short:   "List the upstreams",
-		Example: examples("mprox upstreams list"),
-		Args:    cobra.NoArgs,
-		RunE:    list,
-	})
-	return cmd
 }
 
 func newStatsCommand(g *globals) *cobra.Command {

@@ -194,6 +194,30 @@ func TestFlowsKill(t *testing.T) {
 	}
 }
 
+func TestUpstreams(t *testing.T) {
+	fake, socket := fakeDaemon(t)
+	r := mprox(t, "upstreams", "test", "paris", "--socket", socket)
+	if r.code != 0 || r.stderr != "" {
+		t.Errorf("got %+v", r)
+	}
+	golden(t, "output/upstreams-test.txt", r.stdout)
+	r = mprox(t, "upstreams", "test", "berlin", "--target", "192.0.2.1:80", "-o", "json", "--socket", socket)
+	if r.code != exitFailed || !json.Valid([]byte(r.stdout)) || !strings.Contains(r.stderr, "berlin has failed") {
+		t.Errorf("got %+v", r)
+	}
+	if r := mprox(t, "upstreams", "test", "paris", "--target", "a", "--socket", socket); r.code != exitUsage {
+		t.Errorf("got %+v", r)
+	}
+	for word, want := range map[string]string{"drain": "draining", "disable": "disabled", "enable": "enabled"} {
+		if r := mprox(t, "upstreams", word, "paris", "--socket", socket); r.code != 0 || fake.StatusValue.Upstreams[1].State != want {
+			t.Errorf("%s: %+v", word, r)
+		}
+		if r := mprox(t, "upstreams", word, "none", "--socket", socket); r.code != exitFailed {
+			t.Errorf("%s: %+v", word, r)
+		}
+	}
+}
+
 func TestHealthcheck(t *testing.T) {
 	fake, socket := fakeDaemon(t)
 	fake.Checks = append(fake.Checks, control.Check{Name: "device:default", Message: "the device is gone: restart mprox"})

@@ -111,6 +111,40 @@ func (c *Client) Upstreams(ctx context.Context) ([]UpstreamStatus, error) {
 	return get[[]UpstreamStatus](ctx, c, "/v1/upstreams", nil)
 }
 
+// DefaultTestTarget is where a test of an upstream connects to unless told: a name that is reserved (RFC 2606) and exists.
+const DefaultTestTarget = "example.com:443"
+
+// TestUpstream tries an upstream, or each member of a pool, step by step, with a connection to target (host:port; "" = DefaultTestTarget).
+func (c *Client) TestUpstream(ctx context.Context, name, target string) (out UpstreamTest, err error) {
+	if target == "" {
+		target = DefaultTestTarget
+	}
+	resp, err := c.request(ctx, http.MethodPost, "/v1/upstreams/"+name+"/test", url.Values{"target": {target}}, nil)
+	if err != nil {
+		return out, err
+	}
+	defer resp.Body.Close()
+	if err := json.NewDecoder(io.LimitReader(resp.Body, maxAnswer)).Decode(&out); err != nil {
+		return out, fmt.Errorf("decode answer of the test: %w", err)
+	}
+	return out, nil
+}
+
+// EnableUpstream lets an upstream or a pool take flows again.
+func (c *Client) EnableUpstream(ctx context.Context, name string) error {
+	return c.send(ctx, http.MethodPost, "/v1/upstreams/"+name+"/enable", nil)
+}
+
+// DisableUpstream lets an upstream or a pool take nothing new, and ends the flows that go through it.
+func (c *Client) DisableUpstream(ctx context.Context, name string) error {
+	return c.send(ctx, http.MethodPost, "/v1/upstreams/"+name+"/disable", nil)
+}
+
+// DrainUpstream lets an upstream or a pool take nothing new, and finish the flows that go through it.
+func (c *Client) DrainUpstream(ctx context.Context, name string) error {
+	return c.send(ctx, http.MethodPost, "/v1/upstreams/"+name+"/drain", nil)
+}
+
 // Explain says what would happen to a flow, rule by rule.
 func (c *Client) Explain(ctx context.Context, r ExplainRequest) (Explanation, error) {
 	q := url.Values{"network": {r.Network}, "dest": {r.Dest}}

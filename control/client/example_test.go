@@ -377,3 +377,81 @@ func ExampleClient_OpenAPI() {
 	fmt.Println(strings.Split(string(data), "\n")[1])
 	// Output: openapi: 3.0.3
 }
+
+func ExampleClient_DrainUpstream() {
+	_, socket, stop := daemon()
+	defer stop()
+	ctx, cancel := within()
+	defer cancel()
+
+	c := client.New(socket)
+	defer c.Close()
+	if err := c.DrainUpstream(ctx, "paris"); err != nil {
+		log.Fatal(err)
+	}
+	upstreams, err := c.Upstreams(ctx)
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(upstreams[1].Name, upstreams[1].State)
+	// Output: paris draining
+}
+
+func ExampleClient_DisableUpstream() {
+	_, socket, stop := daemon()
+	defer stop()
+	ctx, cancel := within()
+	defer cancel()
+
+	c := client.New(socket)
+	defer c.Close()
+	if err := c.DisableUpstream(ctx, "paris"); err != nil {
+		log.Fatal(err)
+	}
+	upstreams, err := c.Upstreams(ctx)
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(upstreams[1].Name, upstreams[1].State)
+	// Output: paris disabled
+}
+
+func ExampleClient_EnableUpstream() {
+	_, socket, stop := daemon()
+	defer stop()
+	ctx, cancel := within()
+	defer cancel()
+
+	c := client.New(socket)
+	defer c.Close()
+	if err := c.EnableUpstream(ctx, "paris"); err != nil {
+		log.Fatal(err)
+	}
+	upstreams, err := c.Upstreams(ctx)
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(upstreams[1].Name, upstreams[1].State)
+	// Output: paris enabled
+}
+
+func ExampleClient_TestUpstream() {
+	_, socket, stop := daemon()
+	defer stop()
+	ctx, cancel := within()
+	defer cancel()
+
+	c := client.New(socket)
+	defer c.Close()
+	t, err := c.TestUpstream(ctx, "berlin", "")
+	if err != nil {
+		log.Fatal(err)
+	}
+	for _, s := range t.Steps {
+		fmt.Println(s.Step, s.OK, s.Says)
+	}
+	// Output:
+	// resolve true 203.0.113.10
+	// connect true 203.0.113.10:1080
+	// authentication false refused
+}

@@ -43,7 +43,8 @@ type ContextStatus struct {
 // UpstreamStatus is one upstream: whether it works, how fast, and what it has been found to carry.
 type UpstreamStatus struct {
 	Name           string  `json:"name"`
-	URL            string  `json:"url"` // secrets print as ***
+	URL            string  `json:"url"`   // secrets print as ***
+	State          string  `json:"state"` // enabled, draining or disabled: what the operator has decided
 	Up             bool    `json:"up"`
 	LatencySeconds float64 `json:"latency_seconds"` // 0 when not measured yet
 	Active         uint64  `json:"active"`
@@ -53,6 +54,24 @@ type UpstreamStatus struct {
 	IPv6           string  `json:"ipv6"`       //
 	RemoteDNS      string  `json:"remote_dns"` // whether it takes names
 	Bind           string  `json:"bind"`       // SOCKS BIND
+}
+
+// UpstreamTest is what came of trying an upstream step by step.
+type UpstreamTest struct {
+	Name   string     `json:"name"`
+	Target string     `json:"target"`
+	OK     bool       `json:"ok"`
+	Steps  []TestStep `json:"steps"` // of a pool those of each member
+}
+
+// TestStep is one step of a test. One that failed is the last of its upstream.
+type TestStep struct {
+	Upstream string  `json:"upstream"`
+	Step     string  `json:"step"` // resolve, connect, tls, detect, greeting, authentication, request, udp
+	Seconds  float64 `json:"seconds"`
+	OK       bool    `json:"ok"`
+	Says     string  `json:"says"`  // what the server said, or what was found out
+	Error    string  `json:"error"` // "" if OK
 }
 
 // GuardStatus is the kernel state that keeps captured traffic in when the daemon is dead.

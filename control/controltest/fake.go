@@ -58,8 +58,8 @@ func New() *Fake {
 				FlowsActive: 2, FlowsTotal: 17, BytesUp: 2048, BytesDown: 5 << 20, PacketsDropped: 3,
 			}},
 			Upstreams: []control.UpstreamStatus{
-				{Name: "berlin", URL: "https://bob:***@proxy.example:8443", Errors: 4, UDP: "no", IPv6: "unknown", RemoteDNS: "yes", Bind: "no"},
-				{Name: "paris", URL: "socks5h://alice:***@203.0.113.10:1080", Up: true, LatencySeconds: 0.0213, Active: 2, Total: 17, UDP: "yes", IPv6: "yes", RemoteDNS: "yes", Bind: "unknown"},
+				{Name: "berlin", URL: "https://bob:***@proxy.example:8443", State: "draining", Errors: 4, UDP: "no", IPv6: "unknown", RemoteDNS: "yes", Bind: "no"},
+				{Name: "paris", URL: "socks5h://alice:***@203.0.113.10:1080", State: "enabled", Up: true, LatencySeconds: 0.0213, Active: 2, Total: 17, UDP: "yes", IPv6: "yes", RemoteDNS: "yes", Bind: "unknown"},
 			},
 			Guard: control.GuardStatus{Active: true, DroppedPackets: 7},
 			DNS:   control.DNSStatus{Queries: 10, CacheHits: 4, Blocked: 1, Failures: 2},
@@ -106,6 +106,41 @@ func Explanation() control.Explanation {
 
 // Status implements control.Backend.
 func (f *Fake) Status(context.Context) control.Status { return f.StatusValue }
+
+// TestUpstream implements control.Backend: paris works, berlin refuses the password.
+func (f *Fake) TestUpstream(_ context.Context, name, target string) (control.UpstreamTest, error) {
+	t := control.UpstreamTest{Name: name, Target: target, Steps: []control.TestStep{
+		{Upstream: name, Step: "resolve", Seconds: 0.0001, OK: true, Says: "203.0.113.10"},
+		{Upstream: name, Step: "connect", Seconds: 0.0213, OK: true, Says: "203.0.113.10:1080"},
+	}}
+	switch name {
+	case "paris":
+		t.OK = true
+		t.Steps = append(t.Steps, control.TestStep{Upstream: name, Step: "request", Seconds: 0.042, OK: true, Says: "succeeded"})
+	case "berlin":
+		t.Steps = append(t.Steps, control.TestStep{Upstream: name, Step: "authentication", Seconds: 0.02, Says: "refused", Error: "wrong user or password"})
+	default:
+		return t, noUpstream(name)
+	}
+	return t, nil
+}
+
+// SetUpstream implements control.Backend. The next Status shows it.
+func (f *Fake) SetUpstream(name, state string) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for i := range f.StatusValue.Upstreams {
+		if u := &f.StatusValue.Upstreams[i]; u.Name == name {
+			u.State = state
+			return nil
+		}
+	}
+	return noUpstream(name)
+}
+
+func noUpstream(name string) error {
+	return &control.Error{Code: client.CodeNotFound, Message: "no upstream or pool is called " + name}
+}
 
 // Health implements control.Backend.
 func (f *Fake) Health(context.Context) []control.Check { return f.Checks }

@@ -87,7 +87,7 @@ func (u *upstreams) listed(name string) bool {
 
 func upstreamStatus(s dialers.Status) control.UpstreamStatus {
 	return control.UpstreamStatus{
-		Name: s.Name, URL: s.URL, Up: s.Up, LatencySeconds: s.Latency.Seconds(), Active: s.Active, Total: s.Total, Errors: s.Errors,
+		Name: s.Name, URL: s.URL, State: s.State.String(), Up: s.Up, LatencySeconds: s.Latency.Seconds(), Active: s.Active, Total: s.Total, Errors: s.Errors,
 		UDP: s.UDP, IPv6: s.IPv6, RemoteDNS: s.RemoteDNS, Bind: s.Bind,
 	}
 }
@@ -114,7 +114,7 @@ func (b backend) Health(context.Context) []control.Check {
 		checks = append(checks, check)
 	}
 	for _, u := range b.upstreamStatus() {
-		check := control.Check{Name: "upstream:" + u.Name, OK: u.Up || u.Total == 0}
+		check := control.Check{Name: "upstream:" + u.Name, OK: u.Up || u.Total == 0 || u.State != dialers.Enabled.String()}
 		if !check.OK {
 			check.Message = "the last connection to it failed: see mprox upstreams"
 		}
