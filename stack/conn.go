@@ -96,10 +96,25 @@ func (c *conn) NotifyEvent(mask waiter.EventMask) {
 	if mask&(waiter.WritableEvents|end) != 0 {
 		c.write.poke()
 	}
-	if mask&end != 0 && tcp.EndpointState(c.ep.State()) == tcp.StateError {
-		c.read.peer.Load().interrupt()
-		c.write.peer.Load().interrupt()
+	if mask&end != 0 {
+		for _, s := range []*side{&c.read, &c.write} {
+			if c.broken(s) {
+				s.peer.Load().interrupt()
+			}
+		}
 	}
+}
+
+// broken says whether the connection has ended under the side. StateClose is where a reset after the application's FIN leads; for the reader it may
+// as well be the orderly end of both directions, with bytes before it still to be read.
+func (c *conn) broken(s *side) bool {
+	switch tcp.EndpointState(c.ep.State()) {
+	case tcp.StateError:
+		return true
+	case tcp.StateClose:
+		return s == &c.write
+	}
+	return false
 }
 
 func (s *side) poke() {

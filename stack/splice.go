@@ -12,7 +12,6 @@ import (
 
 	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/tcpip"
-	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 
 	"github.com/mutex-proxy/mutex/flow"
 )
@@ -45,7 +44,7 @@ func (p *peer) interrupt() {
 func (c *conn) attach(s *side, set func(time.Time) error) func() {
 	p := &peer{setDeadline: set}
 	s.peer.Store(p)
-	if c.closed.Load() || tcp.EndpointState(c.ep.State()) == tcp.StateError {
+	if c.closed.Load() || c.broken(s) {
 		p.interrupt() // it happened before Store
 	}
 	return func() { s.peer.Store(nil) }
@@ -53,11 +52,14 @@ func (c *conn) attach(s *side, set func(time.Time) error) func() {
 
 // farError says whose fault it is that op on the far side failed: an interruption is the application's.
 func (c *conn) farError(op string, err error) error {
-	near := map[string]string{"write": "read", "read": "write"}[op]
+	near, side := "read", &c.read
+	if op == "read" {
+		near, side = "write", &c.write
+	}
 	if c.closed.Load() {
 		return c.opError(near, net.ErrClosed)
 	}
-	if errors.Is(err, os.ErrDeadlineExceeded) && tcp.EndpointState(c.ep.State()) == tcp.StateError {
+	if errors.Is(err, os.ErrDeadlineExceeded) && c.broken(side) {
 		if _, e := c.ep.Write(&empty{}, tcpip.WriteOptions{}); e != nil {
 			return c.opError(near, c.errorOf(e))
 		}

@@ -11,6 +11,7 @@ import (
 	"math/rand"
 	"net"
 	"net/netip"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -355,6 +356,27 @@ func TestResetWhileBlocked(t *testing.T) {
 		reset(t, theirs)
 		var op *net.OpError
 		if err := <-done; !errors.Is(err, unix.ECONNRESET) || !errors.As(err, &op) || op.Op != "write" {
+			t.Fatal(err)
+		}
+	})
+	// netstack takes a reset after the application's FIN for an ordinary end. It is how a kernel answers a keep-alive for a socket that was
+	// closed long ago, and says nothing else for as long as the upstream is silent.
+	t.Run("ReadFrom after FIN", func(t *testing.T) {
+		_, _, theirs, ours := accepted(t, variants()[0])
+		if err := theirs.(interface{ CloseWrite() error }).CloseWrite(); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := ours.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
+			t.Fatal(err)
+		}
+		up, done := dial(t), make(chan error)
+		go func() {
+			_, err := ours.(io.ReaderFrom).ReadFrom(up)
+			done <- err
+		}()
+		reset(t, theirs)
+		var op *net.OpError
+		if err := <-done; !errors.As(err, &op) || op.Op != "write" || errors.Is(err, os.ErrDeadlineExceeded) {
 			t.Fatal(err)
 		}
 	})
