@@ -25,6 +25,8 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 	"go.uber.org/zap/zaptest/observer"
+
+	"github.com/mutex-proxy/mutex/dialers/server"
 )
 
 // answerA answers any query with one address.
@@ -230,22 +232,22 @@ func TestDNSFailure(t *testing.T) {
 func TestServe(t *testing.T) {
 	origin := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "hello") }))
 	defer origin.Close()
-	f := serveFlags{listen: "127.0.0.1:0", user: "alice", passwordFile: writeFile(t, filepath.Join(t.TempDir(), "pw"), "secret\r\nmore\n")}
-	addr, users, err := f.check()
+	f := serveFlags{listen: "127.0.0.1:0", user: "alice", passwordFile: writeFile(t, filepath.Join(t.TempDir(), "pw"), "secret\r\nmore\n"), allow: []string{"127.0.0.1"}}
+	addr, cfg, err := f.check()
 	if err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	core, logs := observer.New(zapcore.InfoLevel)
 	serving := make(chan string, 1)
-	log := zap.New(core, zap.Hooks(func(e zapcore.Entry) error {
+	cfg.Log = zap.New(core, zap.Hooks(func(e zapcore.Entry) error {
 		if e.Message == "serving" {
 			serving <- e.Message
 		}
 		return nil
 	}))
 	done := make(chan error, 1)
-	go func() { done <- serveProxy(ctx, addr, users, log) }()
+	go func() { done <- serveProxy(ctx, addr, cfg) }()
 	select {
 	case <-serving:
 	case err := <-done:
@@ -261,6 +263,9 @@ func TestServe(t *testing.T) {
 		if got := connect(t, at, origin.Listener.Addr().String(), "alice:"+password); got != want {
 			t.Errorf("password %s: got %s, want %s", password, got, want)
 		}
+	}
+	if got := connect(t, at, "127.0.0.2:80", "alice:secret"); got != "403" {
+		t.Errorf("another address of loopback: %s", got)
 	}
 	cancel()
 	if err := <-done; err != nil {
@@ -300,21 +305,23 @@ func TestServeFlags(t *testing.T) {
 		{listen: ":1080", user: "a:b", passwordFile: "/dev/null"},
 		{listen: ":1080", user: "a", passwordFile: writeFile(t, filepath.Join(dir, "empty"), "\nx")},
 		{listen: ":1080", user: "a", passwordFile: writeFile(t, filepath.Join(dir, "long"), strings.Repeat("x", 256))},
+		{listen: ":1080", allow: []string{"example.com"}},
+		{listen: ":1080", deny: []string{"192.0.2.1/24"}},
 	} {
 		if _, _, err := f.check(); exitCode(err) != exitUsage {
 			t.Errorf("%+v: got %v", f, err)
 		}
 	}
-	addr, users, err := (&serveFlags{listen: ":1080"}).check()
-	if err != nil || users != nil || addr != netip.MustParseAddrPort("[::]:1080") {
-		t.Errorf("got %v %v %v", addr, users, err)
+	addr, cfg, err := (&serveFlags{listen: ":1080"}).check()
+	if err != nil || cfg.Users != nil || cfg.Allow(netip.MustParseAddrPort("127.0.0.1:22")) || !cfg.Allow(netip.MustParseAddrPort("192.0.2.1:22")) || addr != netip.MustParseAddrPort("[::]:1080") {
+		t.Errorf("got %v %v %v", addr, cfg.Users, err)
 	}
 	taken, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer taken.Close()
-	err = serveProxy(t.Context(), netip.MustParseAddrPort(taken.Addr().String()), nil, zap.NewNop())
+	err = serveProxy(t.Context(), netip.MustParseAddrPort(taken.Addr().String()), server.Config{Log: zap.NewNop()})
 	if exitCode(err) != exitConflict || errors.Is(err, context.Canceled) {
 		t.Errorf("got %v", err)
 	}
