@@ -57,7 +57,7 @@ type applier struct {
 	// replacing is called before tables are replaced: their counters go with them.
 	replacing func()
 
-	nftText  map[string]string // tables as last installed
+	nftText  map[string]string // identities of the tables as last installed
 	nftPrint map[string]string // and what they looked like in the kernel then
 }
 
@@ -107,7 +107,7 @@ func (a *applier) nft() error {
 	text := map[string]string{}
 	changed := false
 	for _, t := range a.plan.Tables {
-		text[t.Name] = t.String()
+		text[t.Name] = t.identity()
 		switch {
 		case a.nftText[t.Name] != text[t.Name]:
 			changed = true

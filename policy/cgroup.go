@@ -136,11 +136,10 @@ func (c *Cgroup) Remove() error {
 	return c.m.journal.write(c.m.spec.Instance.Journal)
 }
 
-// daemonCgroupLocked gives the daemon a cgroup that nobody else is in, once a context is global: only its sockets may carry the bypass mark.
+// daemonCgroupLocked gives the daemon a cgroup that nobody else is in, once sockets of anybody's may be captured: only its own may carry the bypass mark.
 // Without a writable cgroup v2 (containers) the uid has to do.
 func (m *Manager) daemonCgroupLocked(spec Spec) error {
-	global := slices.ContainsFunc(spec.Contexts, func(c ContextSpec) bool { return c.Mode == ModeGlobal })
-	if !global || m.base.Daemon.Cgroup != nil || m.closed {
+	if !spec.wide() || m.base.Daemon.Cgroup != nil || m.closed {
 		return nil
 	}
 	m.base.Daemon.UID = uint32(os.Geteuid())
@@ -185,9 +184,9 @@ func (m *Manager) moveLocked(pid int, from, to string) error {
 	return m.host.MoveProcess(pid, to)
 }
 
-// ExcludeListeners leaves the processes that listen at these addresses of this machine alone in global mode: upstreams on loopback, whose
-// own connections would otherwise come back to them for ever. Nothing is done for addresses that are excluded already and without a global
-// context. ErrConflict names the address when nobody is seen to listen there.
+// ExcludeListeners leaves the processes that listen at these addresses of this machine alone, whoever is captured: upstreams on loopback, whose
+// own connections would otherwise come back to them for ever. Nothing is done for addresses that are excluded already, and while only
+// cgroups of ours are captured. ErrConflict names the address when nobody is seen to listen there.
 //
 // nftables can tell processes apart by cgroup only, and BPF by process needs a program on the root of all cgroups, so it is done by cgroup:
 // a service of systemd has one of its own, with all its helpers, and old sockets match too. Any other process is moved, with its
@@ -199,7 +198,7 @@ func (m *Manager) ExcludeListeners(ctx context.Context, addrs []netip.AddrPort) 
 	if m.closed || !m.prepared {
 		return ErrClosed
 	}
-	if !slices.ContainsFunc(m.spec.Contexts, func(c ContextSpec) bool { return c.Mode == ModeGlobal }) {
+	if !m.spec.wide() {
 		return nil
 	}
 	ex := Excluded{Cgroups: slices.Clone(m.base.Excluded.Cgroups), Flows: slices.Clone(m.base.Excluded.Flows)}

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -107,6 +108,77 @@ func (h *LinuxHost) CgroupProcs(p string) ([]int, error) {
 		return nil
 	})
 	return pids, err
+}
+
+// maxUnitDirs bounds the search for units. A machine with more slices and services than that must name their cgroups.
+const maxUnitDirs = 20000
+
+// FindCgroups implements Host.
+func (h *LinuxHost) FindCgroups(names []string) (map[string][]CgroupRef, error) {
+	mount, root, err := process.Cgroup2Mount()
+	if err != nil {
+		return nil, fmt.Errorf("%w: cgroup v2: %w", ErrFeature, err)
+	}
+	paths, units := map[string][]string{}, false
+	for _, n := range names {
+		if strings.HasPrefix(n, "/") {
+			paths[n] = []string{path.Clean(n)}
+		} else {
+			units = true
+		}
+	}
+	if units {
+		if err := findUnits(mount, names, paths); err != nil {
+			return nil, err
+		}
+	}
+	out := map[string][]CgroupRef{}
+	for _, n := range names {
+		for _, p := range paths[n] {
+			ref, err := cgroupRef(path.Join(root, p))
+			switch {
+			case err == nil:
+				out[n] = append(out[n], ref)
+			case !errors.Is(err, os.ErrNotExist):
+				return nil, err
+			}
+		}
+	}
+	return out, nil
+}
+
+// findUnits looks for directories with the units' names inside the slices. What is below a unit belongs to it, so the search does not go on
+// there for that name.
+func findUnits(mount string, names []string, paths map[string][]string) error {
+	dirs := 0
+	return filepath.WalkDir(mount, func(name string, e os.DirEntry, err error) error {
+		if err != nil {
+			if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ENODEV) {
+				return nil // gone meanwhile
+			}
+			return err
+		}
+		if !e.IsDir() || name == mount {
+			return nil
+		}
+		rel := "/" + strings.TrimPrefix(strings.TrimPrefix(name, mount), "/")
+		if dirs++; dirs > maxUnitDirs {
+			return fmt.Errorf("%w: more than %d cgroups to search for units: select by cgroup", ErrConflict, maxUnitDirs)
+		}
+		if path.Dir(rel) == "/" && !strings.HasSuffix(rel, ".slice") {
+			return filepath.SkipDir
+		}
+		for _, n := range names {
+			if strings.HasPrefix(n, "/") {
+				continue
+			}
+			under := slices.ContainsFunc(paths[n], func(p string) bool { return strings.HasPrefix(rel, p+"/") })
+			if ok, _ := path.Match(unitName(n), path.Base(rel)); ok && !under { // the pattern has been checked
+				paths[n] = append(paths[n], rel)
+			}
+		}
+		return nil
+	})
 }
 
 // MoveProcess implements Host. A process that is gone is no error.

@@ -44,5 +44,11 @@
 // daemon's uid. UDP servers on an ephemeral port that were bound before the start answer through the TUN: they look like clients. Traffic
 // that is forwarded (containers, virtual machines) is not captured in global mode.
 //
+// Selectors (ContextSpec.Select, Exclude) mark by nftables alone: the source address is chosen by the first look-up, and without any default
+// route connecting fails before nftables sees a packet. A user is whoever made the socket. A cgroup that is made, or made again, while the
+// daemon runs is found by looking every half second; what it sends before that is not selected, and once the daemon is dead nobody looks.
+// Whoever is excluded from a global context is blocked with everybody else while the daemon is dead. All of the selected's DNS is redirected
+// to the context's listeners.
+//
 // A lease whose connection ends while processes live on stays in the Spec with TUN "": its marks and guard block them until Wait returns.
 package policy

@@ -236,6 +236,20 @@ func (h *fakeHost) CgroupProcs(p string) ([]int, error) {
 	return nil, os.ErrNotExist
 }
 
+func (h *fakeHost) FindCgroups(names []string) (map[string][]CgroupRef, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	out := map[string][]CgroupRef{}
+	for _, n := range names {
+		for p := range h.cgroups {
+			if p == n || path.Base(p) == n {
+				out[n] = append(out[n], CgroupRef{Path: p, ID: uint64(1000 + len(p)), Level: strings.Count(p, "/")})
+			}
+		}
+	}
+	return out, nil
+}
+
 func (h *fakeHost) MoveProcess(pid int, p string) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()

@@ -36,12 +36,13 @@ type guard struct {
 	direct   map[int]directSets
 	contexts []ContextSpec // marked first, global last
 	global   bool
+	wide     bool // as Spec.wide
 	table    NFTable
 }
 
 // nftTables returns the guard and, while there are listeners, the redirect of DNS over loopback.
 func nftTables(s Spec, snap Snapshot, direct map[int]directSets) []NFTable {
-	g := guard{spec: s, snap: snap, direct: direct, table: NFTable{Name: s.Instance.tableName(), counters: []string{guardCounter}}}
+	g := guard{spec: s, snap: snap, direct: direct, wide: s.wide(), table: NFTable{Name: s.Instance.tableName(), counters: []string{guardCounter}}}
 	for _, c := range s.Contexts {
 		if c.Mode != ModeDisabled && c.Mode != ModeGlobal {
 			g.contexts = append(g.contexts, c)
@@ -83,7 +84,7 @@ func (g *guard) sets() {
 		add(nfSet{name: setName("direct6", c), kind: kindAddr6, ranges: g.direct[c.Slot].v6})
 	}
 	add(nfSet{name: "clients", kind: kindPort, ports: g.snap.Sockets.Clients})
-	if !g.global {
+	if !g.wide {
 		return
 	}
 	for _, v6 := range []bool{false, true} {
@@ -131,7 +132,7 @@ func (g *guard) prerouting() {
 		rule(stCtNew{}, stICMPType{from: 8, to: 8}, g.set(true, inbound)),
 		rule(stCtNew{}, stICMPType{v6: true, from: 128, to: 128}, g.set(true, inbound)),
 	}}
-	if g.global {
+	if g.wide {
 		in.rules = append(in.rules,
 			rule(stTupleIn{in: true, set: "inbound4"}, g.set(true, inbound)),
 			rule(stTupleIn{v6: true, in: true, set: "inbound6"}, g.set(true, inbound)))
@@ -145,7 +146,7 @@ func (g *guard) output() {
 	out := nfChain{name: "output", typ: "route", hook: "output", priority: prioMangle}
 	add := func(stmts ...nfStmt) { out.rules = append(out.rules, stmts) }
 
-	if g.global {
+	if g.wide {
 		// The connection's mark covers what has no socket any more: time-wait and resets.
 		add(g.mark(false, bypass), g.mark(true, bypass), accept())
 		add(g.mark(false, bypass), g.daemon(), g.set(true, bypass), accept())
@@ -163,20 +164,18 @@ func (g *guard) output() {
 		}
 	}
 	add(g.mark(true, inbound), g.set(false, inbound), accept())
-	// Time-wait, resets, the last packets of closed sockets: by the connection. Not those of a living socket elsewhere, which may have got the
-	// same ports.
-	orphans := nfChain{name: "orphans", rules: []nfRule{rule(stOwned{}, ret())}}
+	// Cgroups made for a context come before selectors: who starts something through a lease means that lease.
 	for _, c := range g.contexts {
-		if c.Mode == ModeGlobal {
-			continue
-		}
 		ctx := ContextMark(g.spec.Mask, c.Slot)
 		for _, ref := range c.Cgroups {
-			add(stCgroup{ref}, g.set(true, ctx), g.set(false, ctx), accept())
+			if c.Mode != ModeGlobal {
+				add(stCgroup{ref}, g.set(true, ctx), g.set(false, ctx), accept())
+			}
 		}
-		orphans.rules = append(orphans.rules, rule(g.mark(true, ctx), g.set(false, ctx), accept()))
 	}
-	if len(orphans.rules) > 1 {
+	g.selection(&out)
+	g.exclusion(&out)
+	if orphans := g.orphans(); len(orphans.rules) > 1 {
 		g.chain(orphans)
 		add(jump(orphans.name))
 	}
@@ -187,6 +186,23 @@ func (g *guard) output() {
 		add(stMark{value: bypass & privileged, mask: privileged}, g.set(false, 0))
 	}
 	g.chain(out)
+}
+
+// orphans is for time-wait, resets, the last packets of closed sockets: by the connection. Not for those of a living socket elsewhere, which
+// may have got the same ports.
+func (g *guard) orphans() nfChain {
+	out := nfChain{name: "orphans", rules: []nfRule{rule(stOwned{}, ret())}}
+	for _, c := range g.contexts {
+		mark := ContextMark(g.spec.Mask, c.Slot)
+		if c.Mode == ModeGlobal {
+			if len(c.Exclude) == 0 {
+				continue
+			}
+			mark = BypassMark(g.spec.Mask)
+		}
+		out.rules = append(out.rules, rule(g.mark(true, mark), g.set(false, mark), accept()))
+	}
+	return out
 }
 
 // daemon matches the daemon's own sockets.
@@ -266,7 +282,8 @@ func (g *guard) contextGuard(c ContextSpec) []nfChain {
 func (g *guard) redirect() (NFTable, bool) {
 	nat := nfChain{name: "dns", typ: "nat", hook: "output", priority: prioNAT}
 	// A packet that nftables has marked is routed again, but that look-up knows no ports (ip_route_me_harder): the DNS rules do not match, and
-	// a resolver on the LAN would be direct, so dropped. Without BPF all of the marked contexts' DNS is therefore redirected.
+	// a resolver on the LAN would be direct, so dropped. All DNS of contexts with selectors, and without BPF of all marked ones, is
+	// therefore redirected.
 	loopback := stIface{out: true, name: "lo"}
 	if g.global {
 		nat.rules = append(nat.rules,
@@ -280,7 +297,7 @@ func (g *guard) redirect() (NFTable, bool) {
 			who = append(who, g.mark(false, ContextMark(g.spec.Mask, c.Slot)))
 		}
 		where := slices.Clone(who)
-		if c.Mode == ModeGlobal || g.snap.Features.BPFSockMark {
+		if c.Mode == ModeGlobal || g.snap.Features.BPFSockMark && len(c.Select) == 0 {
 			where = append(where, loopback)
 		}
 		for _, v6 := range []bool{false, true} {

@@ -82,7 +82,7 @@ func (h *helper) way(name, want, format string, args ...any) way {
 }
 
 // helperMain obeys `udp|tcp|ping ADDR PORT MARK DEVICE` (0 and - for none), `keep ADDR PORT` (a TCP connection that stays), `write` (into
-// it), `listen PORT`, `orphan` (a child of its own session takes over).
+// it), `listen PORT`, `user UID GID` (for good), `orphan` (a child of its own session takes over).
 func helperMain() {
 	var kept net.Conn
 	var ls []net.Listener
@@ -105,6 +105,11 @@ func helperMain() {
 			}
 			dst := netip.MustParseAddr(f[1])
 			err = map[string]func(*lab) error{"udp": udp(dst, port, opts...), "tcp": tcp(dst, port, opts...), "ping": ping(dst, opts...)}[f[0]](nil)
+		case "user":
+			var uid, gid int
+			_, _ = fmt.Sscan(f[1], &uid)
+			_, _ = fmt.Sscan(f[2], &gid)
+			err = errors.Join(syscall.Setgroups(nil), syscall.Setgid(gid), syscall.Setuid(uid))
 		case "keep":
 			kept, err = net.Dial("tcp", net.JoinHostPort(f[1], f[2]))
 		case "write":

@@ -51,6 +51,9 @@ type Host interface {
 	MakeCgroup(path string) (CgroupRef, error)
 	RemoveCgroup(path string) error // fails while processes are in it
 	CgroupProcs(path string) ([]int, error)
+	// FindCgroups looks for cgroups by name: a path below the cgroup2 mount if it starts with /, else a unit as in Selector.Units. Names of
+	// which nothing is there are left out.
+	FindCgroups(names []string) (map[string][]CgroupRef, error)
 	MoveProcess(pid int, path string) error
 	// MarkCgroup makes every socket created in the cgroup, in this network namespace, carry value within mask. It lasts as long as the cgroup.
 	MarkCgroup(path string, value, mask uint32) error
@@ -94,6 +97,7 @@ type Snapshot struct {
 	Sockets     Sockets // filled in by Manager: as they were before the start
 	Daemon      Daemon  // filled in by Manager
 	Excluded    Excluded
+	Cgroups     map[string][]CgroupRef // filled in by Manager: what the selectors' cgroups and units stand for
 }
 
 // Link is one network device.
@@ -127,7 +131,7 @@ type Daemon struct {
 	UID    uint32
 }
 
-// Excluded is who is left alone in global mode: listeners of loopback upstreams.
+// Excluded is who is left alone, whatever the contexts say: listeners of loopback upstreams.
 type Excluded struct {
 	Cgroups []CgroupRef
 	Flows   []Tuple // their connections that are older than the exclusion

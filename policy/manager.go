@@ -62,7 +62,8 @@ type Manager struct {
 	nftText   map[string]string
 	nftPrint  map[string]string
 	restored  map[string]uint64
-	dropped   uint64 // by guard tables that have been replaced since
+	dropped   uint64                 // by guard tables that have been replaced since
+	found     map[string][]CgroupRef // what the selectors' cgroups were in the last plan
 	stopWatch context.CancelFunc
 	watching  sync.WaitGroup
 }
@@ -201,10 +202,14 @@ func (m *Manager) convergeLocked(ctx context.Context, spec Spec, repair bool) er
 		// Somebody else's rule in our block is no reason to leave ours broken.
 		snap.Rules = slices.DeleteFunc(snap.Rules, func(r Rule) bool { return r.Protocol != Protocol })
 	}
+	if snap.Cgroups, err = m.findCgroupsLocked(spec); err != nil {
+		return err
+	}
 	plan, err := NewPlan(spec, snap)
 	if err != nil {
 		return err
 	}
+	m.found = snap.Cgroups
 	if err := m.recordLocked(spec, plan); err != nil {
 		return err
 	}

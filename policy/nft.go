@@ -104,6 +104,7 @@ type (
 	stToLocal struct{} // the destination is an address of this machine
 	stCgroup  struct{ ref CgroupRef }
 	stUID     struct{ uid uint32 }
+	stGID     struct{ gid uint32 }
 	stOwned   struct{} // sent by a socket that a process has open
 	stCounter struct{ name string }
 	stDNAT    struct{ port uint16 } // redirect to a local port
@@ -188,6 +189,7 @@ func (s stCgroup) String() string {
 	return fmt.Sprintf("socket cgroupv2 level %d %q", s.ref.Level, strings.TrimPrefix(s.ref.Path, "/"))
 }
 func (s stUID) String() string     { return fmt.Sprintf("meta skuid %d", s.uid) }
+func (s stGID) String() string     { return fmt.Sprintf("meta skgid %d", s.gid) }
 func (stOwned) String() string     { return "meta skuid <= 4294967295" }
 func (s stCounter) String() string { return "counter name " + s.name }
 func (s stDNAT) String() string    { return fmt.Sprintf("redirect to :%d", s.port) }
@@ -262,6 +264,22 @@ func (t NFTable) String() string {
 		b.WriteString("\t}\n")
 	}
 	b.WriteString("}\n")
+	return b.String()
+}
+
+// identity is equal for tables that do the same. The text alone is not: a cgroup that was made again has the same path and another id.
+func (t NFTable) identity() string {
+	var b strings.Builder
+	b.WriteString(t.String())
+	for _, c := range t.chains {
+		for _, r := range c.rules {
+			for _, s := range r {
+				if cg, ok := s.(stCgroup); ok {
+					fmt.Fprintf(&b, "%d ", cg.ref.ID)
+				}
+			}
+		}
+	}
 	return b.String()
 }
 

@@ -78,6 +78,8 @@ func stmtExprs(s nfStmt) ([]expr.Any, error) {
 		}, nil
 	case stUID:
 		return []expr.Any{&expr.Meta{Key: expr.MetaKeySKUID, Register: reg1}, cmpReg(false, native32(s.uid))}, nil
+	case stGID:
+		return []expr.Any{&expr.Meta{Key: expr.MetaKeySKGID, Register: reg1}, cmpReg(false, native32(s.gid))}, nil
 	case stToLocal:
 		return []expr.Any{&expr.Fib{Register: reg1, ResultADDRTYPE: true, FlagDADDR: true}, cmpReg(false, native32(unix.RTN_LOCAL))}, nil
 	}

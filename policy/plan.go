@@ -61,6 +61,9 @@ func NewPlan(spec Spec, snap Snapshot) (*Plan, error) {
 	if err := conflicts(spec, snap); err != nil {
 		return nil, err
 	}
+	if err := checkSelect(spec, snap); err != nil {
+		return nil, err
+	}
 	p := &Plan{}
 	direct := map[int]directSets{}
 	for _, c := range spec.Contexts {

@@ -33,6 +33,22 @@ func runSpec() Spec {
 	}}}
 }
 
+// selectSpec is two contexts of selected processes beside a global one that leaves some out.
+func selectSpec() Spec {
+	g := globalSpec()
+	g.Contexts[0].Slot, g.Contexts[0].Direct = 2, nil
+	g.Contexts[0].Exclude = []Selector{{UIDs: []uint32{993}}, {Units: []string{"web-*.service"}}}
+	return Spec{Instance: g.Instance, Contexts: []ContextSpec{
+		{Name: "alice", Mode: ModeProcess, Slot: 0, TUN: "mprox-alice", DNSPort4: 5303, DNSPort6: 5304, Select: []Selector{
+			{UIDs: []uint32{1000}}, {UIDs: []uint32{1001, 1002}, GIDs: []uint32{50}},
+		}},
+		{Name: "web", Mode: ModeCgroup, Slot: 1, TUN: "mprox-web", Select: []Selector{
+			{Cgroups: []string{"/user.slice", "/gone"}, UIDs: []uint32{33}}, {Units: []string{"web-*.service"}}, {Cgroups: []string{"/gone"}},
+		}, Exclude: []Selector{{GIDs: []uint32{34}}}},
+		g.Contexts[0],
+	}}
+}
+
 func TestPlanGolden(t *testing.T) {
 	service := &CgroupRef{Path: "/system.slice/mprox.service", ID: 99, Level: 2}
 	features := Features{Cgroup2: true, NFTSocket: true, NFTOwner: true, BPFSockMark: true}
@@ -54,6 +70,18 @@ func TestPlanGolden(t *testing.T) {
 		{"run", runSpec, func(*Snapshot) {}},
 		{"run-nft", runSpec, func(s *Snapshot) { s.Features.BPFSockMark = false }},
 		{"run-dead", func() Spec { return closedSpec(runSpec()) }, func(*Snapshot) {}},
+		{"selected", selectSpec, func(s *Snapshot) {
+			s.Daemon.Cgroup = service
+			s.Cgroups = map[string][]CgroupRef{
+				"/user.slice":   {{Path: "/user.slice", ID: 7, Level: 1}},
+				"web-*.service": {{Path: "/system.slice/web-a.service", ID: 8, Level: 2}, {Path: "/system.slice/web-b.service", ID: 9, Level: 2}},
+			}
+		}},
+		{"selected-by-uid", func() Spec {
+			s := selectSpec()
+			s.Contexts = s.Contexts[:1]
+			return s
+		}, func(s *Snapshot) { s.Features, s.IPv6 = Features{}, false }},
 		{"global-and-leases", func() Spec {
 			s, r := globalSpec(), runSpec()
 			r.Contexts[0].DNSOff = true
@@ -106,6 +134,12 @@ func TestPlanRefuses(t *testing.T) {
 		}, nil, "only one"},
 		{"a slot twice", func(s *Spec, _ *Snapshot) { s.Contexts = append(s.Contexts, ContextSpec{Name: "b", Mode: ModeCgroup}) }, nil, "twice"},
 		{"no more marks", func(s *Spec, _ *Snapshot) { s.Contexts[0].Slot = 160 }, ErrConflict, "160"},
+		{"a selector of nobody", func(s *Spec, _ *Snapshot) { s.Contexts[0].Exclude = []Selector{{}} }, nil, "without any condition"},
+		{"a relative cgroup", func(s *Spec, _ *Snapshot) { s.Contexts[0].Exclude = []Selector{{Cgroups: []string{"x"}}} }, nil, "start with /"},
+		{"a bad pattern", func(s *Spec, _ *Snapshot) { s.Contexts[0].Exclude = []Selector{{Units: []string{"[a"}}} }, nil, "systemd unit"},
+		{"too many combinations", func(s *Spec, _ *Snapshot) {
+			s.Contexts[0].Exclude = []Selector{{UIDs: make([]uint32, 100), GIDs: make([]uint32, 100)}}
+		}, ErrConflict, "4096"},
 		{"gateway", func(s *Spec, _ *Snapshot) { s.Contexts[0].Mode = ModeGateway }, ErrFeature, "gateway"},
 		{"the listener on 53", func(s *Spec, _ *Snapshot) { s.Contexts[0].DNSPort6 = 53 }, nil, "53"},
 		{"table 254", func(s *Spec, _ *Snapshot) { s.TableBase = 254 }, nil, "table_base"},

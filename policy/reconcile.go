@@ -19,6 +19,8 @@ const (
 	pause = 100 * time.Millisecond
 	// recheck finds what brings no event: settings, and cgroups that have become empty.
 	recheck = 30 * time.Second
+	// findEvery finds cgroups that were made again: they bring no event either, and until then nobody in them is selected.
+	findEvery = 500 * time.Millisecond
 	// watchRetry is the pause after the netlink sockets have failed.
 	watchRetry = time.Second
 )
@@ -63,6 +65,8 @@ func wait(ctx context.Context, d time.Duration) {
 func (m *Manager) reconcile(ctx context.Context, events <-chan struct{}) {
 	tick := time.NewTicker(recheck)
 	defer tick.Stop()
+	find := time.NewTicker(findEvery)
+	defer find.Stop()
 	for {
 		old := false
 		select {
@@ -70,6 +74,10 @@ func (m *Manager) reconcile(ctx context.Context, events <-chan struct{}) {
 			return
 		case <-events:
 			wait(ctx, settle)
+		case <-find.C:
+			if !m.cgroupsMoved() {
+				continue
+			}
 		case <-tick.C:
 			old = true
 		}

@@ -7,6 +7,7 @@ import (
 	"math/bits"
 	"net/netip"
 	"path/filepath"
+	"slices"
 	"strings"
 )
 
@@ -33,8 +34,8 @@ type Mode uint8
 // The modes of a context. The zero value captures nothing.
 const (
 	ModeDisabled Mode = iota
-	ModeProcess       // processes, by cgroup until selectors in the kernel exist
-	ModeCgroup        // the cgroups of ContextSpec.Cgroups, with all below them
+	ModeProcess       // the processes in ContextSpec.Cgroups and of ContextSpec.Select
+	ModeCgroup        // the same, by another name
 	ModeGlobal        // everything this network namespace sends itself; one context at most
 	ModeGateway       // what arrives from other hosts
 )
@@ -120,6 +121,8 @@ type ContextSpec struct {
 	// DNSOff leaves port 53 alone (dns.mode off): neither led into the TUN before the direct routes nor redirected on loopback.
 	DNSOff  bool
 	Cgroups []CgroupRef // ModeProcess and ModeCgroup: captured with all their descendants
+	Select  []Selector  // ModeProcess and ModeCgroup: captured beside them, from the next packet on
+	Exclude []Selector  // in these modes not selected, in ModeGlobal not captured, by this context
 	OnStop  OnEnd
 	OnCrash OnEnd
 }
@@ -199,6 +202,11 @@ func (s Spec) validate() error {
 			return fmt.Errorf("context %q: the DNS listener cannot be on port 53 itself", c.Name)
 		case !c.Addr4.Is4() || !c.Addr6.Is6():
 			return fmt.Errorf("context %q: device addresses %s, %s", c.Name, c.Addr4, c.Addr6)
+		}
+		for _, sel := range slices.Concat(c.Select, c.Exclude) {
+			if err := sel.validate(); err != nil {
+				return fmt.Errorf("context %q: %w", c.Name, err)
+			}
 		}
 		if c.Mode == ModeGlobal {
 			if global++; global > 1 {

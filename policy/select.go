@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package policy
+
+import (
+	"errors"
+	"fmt"
+	"path"
+	"reflect"
+	"slices"
+	"strings"
+)
+
+// Selector says whose sockets belong to a context, or are left out of it. All that is given must match; a list matches if one member does.
+type Selector struct {
+	// UIDs and GIDs are the effective ones of whoever has made the socket: a process that changes its user later keeps its old sockets where
+	// they were. Supplementary groups do not count.
+	UIDs []uint32
+	GIDs []uint32
+	// Cgroups are paths below the cgroup2 mount, with everything below them. One that is not there is looked for again.
+	Cgroups []string
+	// Units are names of systemd units, with wildcards (* ? [a-z]); without a suffix a service is meant. They are directories below a slice,
+	// so systemd itself need not run.
+	Units []string
+}
+
+// maxSelectRules bounds what the selectors of all contexts together may expand to: one rule for each combination of cgroup, unit, user and
+// group. Each packet sent passes the rules of the contexts before its own.
+const maxSelectRules = 4096
+
+func (s Selector) validate() error {
+	if len(s.UIDs)+len(s.GIDs)+len(s.Cgroups)+len(s.Units) == 0 {
+		return errors.New("a selector without any condition")
+	}
+	for _, c := range s.Cgroups {
+		if !strings.HasPrefix(c, "/") {
+			return fmt.Errorf("cgroup %q does not start with /", c)
+		}
+	}
+	for _, u := range s.Units {
+		if err := CheckUnit(u); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// CheckUnit reports what is wrong with the name of a unit, or the pattern of one.
+func CheckUnit(u string) error {
+	if _, err := path.Match(u, ""); err != nil || u == "" || strings.Contains(u, "/") {
+		return fmt.Errorf("%q is not the name of a systemd unit, nor a pattern of one", u)
+	}
+	return nil
+}
+
+// unitName is the unit that a name stands for: as with systemctl, nginx is nginx.service.
+func unitName(u string) string {
+	for _, suffix := range []string{".service", ".slice", ".scope", ".socket", ".mount", ".swap", "*"} {
+		if strings.HasSuffix(u, suffix) {
+			return u
+		}
+	}
+	return u + ".service"
+}
+
+// names are what Host.FindCgroups shall look for.
+func (s Selector) names() []string { return slices.Concat(s.Cgroups, s.Units) }
+
+// rules are the combinations of which one must match. found is what the names of cgroups and units stand for at the moment; a selector whose
+// cgroups are not there matches nobody.
+func (s Selector) rules(found map[string][]CgroupRef) [][]nfStmt {
+	out := [][]nfStmt{nil}
+	out = product(out, len(s.Cgroups) > 0, cgroupStmts(s.Cgroups, found))
+	out = product(out, len(s.Units) > 0, cgroupStmts(s.Units, found))
+	var uids, gids []nfStmt
+	for _, id := range s.UIDs {
+		uids = append(uids, stUID{id})
+	}
+	for _, id := range s.GIDs {
+		gids = append(gids, stGID{id})
+	}
+	return product(product(out, len(s.UIDs) > 0, uids), len(s.GIDs) > 0, gids)
+}
+
+// product combines each of the matches with each of the alternatives, if there is such a condition at all. It stops behind the bound, which
+// the caller reports.
+func product(matches [][]nfStmt, given bool, alternatives []nfStmt) [][]nfStmt {
+	if !given {
+		return matches
+	}
+	var out [][]nfStmt
+	for _, m := range matches {
+		for _, a := range alternatives {
+			if len(out) > maxSelectRules {
+				return out
+			}
+			out = append(out, append(slices.Clone(m), a))
+		}
+	}
+	return out
+}
+
+func cgroupStmts(names []string, found map[string][]CgroupRef) []nfStmt {
+	var refs []CgroupRef
+	for _, n := range names {
+		refs = append(refs, found[n]...)
+	}
+	slices.SortFunc(refs, func(a, b CgroupRef) int { return strings.Compare(a.Path, b.Path) })
+	var out []nfStmt
+	for _, r := range slices.Compact(refs) {
+		out = append(out, stCgroup{r})
+	}
+	return out
+}
+
+// wide reports whether sockets of anybody's may be captured: the daemon's own, those of loopback upstreams and servers' connections must
+// then be told apart.
+func (s Spec) wide() bool {
+	return slices.ContainsFunc(s.Contexts, func(c ContextSpec) bool {
+		return c.Mode == ModeGlobal || c.Mode != ModeDisabled && len(c.Select) > 0
+	})
+}
+
+// cgroupNames are the cgroups and units that the contexts name, each once.
+func (s Spec) cgroupNames() []string {
+	var out []string
+	for _, c := range s.Contexts {
+		for _, sel := range slices.Concat(c.Select, c.Exclude) {
+			out = append(out, sel.names()...)
+		}
+	}
+	slices.Sort(out)
+	return slices.Compact(out)
+}
+
+// checkSelect refuses more combinations than are sensible.
+func checkSelect(s Spec, snap Snapshot) error {
+	n := 0
+	for _, c := range s.Contexts {
+		for _, sel := range slices.Concat(c.Select, c.Exclude) {
+			if n += len(sel.rules(snap.Cgroups)); n > maxSelectRules {
+				return fmt.Errorf("%w: the selectors up to context %q expand to more than %d combinations of cgroups, units, users and groups: "+
+					"name a slice above them", ErrConflict, c.Name, maxSelectRules)
+			}
+		}
+	}
+	return nil
+}
+
+// selection adds the chains that give the sockets of selected processes the marks of their contexts, and the jumps to them. Contexts come in
+// order: the first that selects a socket has it. Whoever is excluded from one goes on to the next.
+func (g *guard) selection(out *nfChain) {
+	for _, c := range g.contexts {
+		if c.Mode == ModeGlobal || len(c.Select) == 0 {
+			continue
+		}
+		ctx := ContextMark(g.spec.Mask, c.Slot)
+		chain := nfChain{name: setName("select", c)}
+		for _, sel := range c.Exclude {
+			for _, m := range sel.rules(g.snap.Cgroups) {
+				chain.rules = append(chain.rules, append(m, ret()))
+			}
+		}
+		for _, sel := range c.Select {
+			for _, m := range sel.rules(g.snap.Cgroups) {
+				chain.rules = append(chain.rules, append(m, g.set(true, ctx), g.set(false, ctx), accept()))
+			}
+		}
+		g.chain(chain)
+		out.rules = append(out.rules, rule(jump(chain.name)))
+	}
+}
+
+// exclusion leaves those alone whom the global context excludes.
+func (g *guard) exclusion(out *nfChain) {
+	bypass := BypassMark(g.spec.Mask)
+	for _, c := range g.contexts {
+		if c.Mode != ModeGlobal {
+			continue
+		}
+		for _, sel := range c.Exclude {
+			for _, m := range sel.rules(g.snap.Cgroups) {
+				out.rules = append(out.rules, append(m, g.set(true, bypass), g.set(false, bypass), accept()))
+			}
+		}
+	}
+}
+
+// findCgroupsLocked looks for the cgroups that the selectors name.
+func (m *Manager) findCgroupsLocked(spec Spec) (map[string][]CgroupRef, error) {
+	names := spec.cgroupNames()
+	if len(names) == 0 {
+		return nil, nil
+	}
+	if f := m.base.Features; !f.Cgroup2 || !f.NFTSocket {
+		return nil, fmt.Errorf("%w: to select by cgroup or unit: a writable cgroup v2 and nftables `socket cgroupv2` (CONFIG_NFT_SOCKET, kernel 5.13)", ErrFeature)
+	}
+	return m.host.FindCgroups(names)
+}
+
+// cgroupsMoved reports whether cgroups that the selectors name have been made or removed since the last plan.
+func (m *Manager) cgroupsMoved() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closed || len(m.spec.cgroupNames()) == 0 {
+		return false
+	}
+	found, err := m.findCgroupsLocked(m.spec)
+	return err != nil || !reflect.DeepEqual(found, m.found)
+}
