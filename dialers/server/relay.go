@@ -33,7 +33,15 @@ func (c *session) relay(out flow.Conn, reply []byte) error {
 	}
 	idle := watchIdle(c.conn, c.s.cfg.IdleTimeout, func() { abort(errIdle) })
 	defer idle.stop()
-	var down sync.WaitGroup
+	var down, watch sync.WaitGroup
+	// ended looks after a side that has come to its end of file: nobody reads from it any more, who would notice that it was reset.
+	ended := func(side flow.Conn) {
+		watch.Go(func() {
+			if err := awaitReset(side); err != nil {
+				abort(err)
+			}
+		})
+	}
 	down.Go(func() {
 		if _, err := c.conn.Write(reply); err != nil {
 			abort(err)
@@ -41,7 +49,9 @@ func (c *session) relay(out flow.Conn, reply []byte) error {
 		}
 		if err := copyHalf(c.conn, out); err != nil {
 			abort(err)
+			return
 		}
+		ended(out)
 	})
 	err := c.early(out)
 	if err == nil {
@@ -49,8 +59,14 @@ func (c *session) relay(out flow.Conn, reply []byte) error {
 	}
 	if err != nil {
 		abort(err)
+	} else {
+		ended(c.conn)
 	}
 	down.Wait()
+	for _, side := range []flow.Conn{c.conn, out} {
+		_ = side.SetReadDeadline(time.Unix(1, 0)) // ends awaitReset
+	}
+	watch.Wait()
 	once.Do(func() {}) // cause is not written after this
 	return cause
 }
@@ -67,6 +83,31 @@ func (c *session) early(out flow.Conn) error {
 	}
 	c.in = nil
 	return err
+}
+
+// awaitReset waits until a socket that has been read to its end of file is reset, and returns the error it has then: nil if it never
+// was, because both directions have ended or the read deadline has passed.
+func awaitReset(c flow.Conn) error {
+	t, ok := c.(*dialers.TCPConn)
+	if !ok {
+		return nil
+	}
+	raw, err := t.SyscallConn()
+	if err != nil {
+		return nil
+	}
+	var reset error
+	_ = raw.Read(func(fd uintptr) bool { // woken by every change of the socket's state
+		p := [1]unix.PollFd{{Fd: int32(fd)}}
+		if n, err := unix.Poll(p[:], 0); err != nil || n == 0 {
+			return false
+		}
+		if e, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR); err == nil && e != 0 {
+			reset = unix.Errno(e)
+		}
+		return true
+	})
+	return reset
 }
 
 // copyHalf moves one direction until its end of file, and passes that on.

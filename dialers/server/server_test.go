@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/netip"
 	"regexp"
+	"runtime"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -311,6 +312,59 @@ func TestReset(t *testing.T) {
 	close(reset)
 	if _, err := c.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {
 		t.Errorf("the client saw %v", err)
+	}
+}
+
+// TestResetAfterFIN: a side that has said all it had to say, and is then reset, takes the other with it, although nothing moves.
+func TestResetAfterFIN(t *testing.T) {
+	s, at := start(t, Config{})
+	step := make(chan struct{})
+	origin := dialertest.Start(t, func(c *dialertest.Conv) error {
+		first := make([]byte, 1)
+		if _, err := io.ReadFull(c, first); err != nil {
+			return err
+		}
+		if first[0] == 'o' { // the origin is the first to end, and resets
+			if err := c.CloseWrite(); err != nil {
+				return err
+			}
+			<-step
+			return dialertest.Reset()(c)
+		}
+		_, err := io.Copy(io.Discard, c)
+		step <- struct{}{}
+		<-step // silent and open, until the server has ended the connection
+		return err
+	})
+	for _, raw := range upstreams(at, "") {
+		for _, who := range []string{"c", "o"} {
+			c, err := dialer(t, raw).Dial(t.Context(), flow.AddrFrom(origin.Addr))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := io.WriteString(c, who); err != nil {
+				t.Fatal(err)
+			}
+			if who == "c" {
+				_ = c.CloseWrite()
+				<-step
+				c.Abort()
+			} else {
+				if _, err := c.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
+					t.Fatal(err)
+				}
+				step <- struct{}{}
+			}
+			for deadline := time.Now().Add(5 * time.Second); s.Active() > 0; runtime.Gosched() {
+				if time.Now().After(deadline) {
+					t.Fatalf("%s: reset by %q, and still open", raw, who)
+				}
+			}
+			if who == "c" {
+				step <- struct{}{}
+			}
+			_ = c.Close()
+		}
 	}
 }
 
