@@ -37,13 +37,32 @@ type ProxyURL string
 // Reveal returns the URL with its password. The caller must not log, format or store it.
 func (u ProxyURL) Reveal() string { return string(u) }
 
-// String returns the URL with *** in place of the password.
+// String returns the URL with *** in place of the password and of the values of header options.
 func (u ProxyURL) String() string {
 	start, end := u.password()
 	if start == end {
-		return string(u)
+		return maskHeaders(string(u))
 	}
-	return string(u[:start]) + mask + string(u[end:])
+	return string(u[:start]) + mask + maskHeaders(string(u[end:]))
+}
+
+// maskHeaders hides what is sent in header options: it may be a token.
+func maskHeaders(s string) string {
+	const option = "header="
+	var b strings.Builder
+	for {
+		i := strings.Index(s, option)
+		if i < 0 {
+			return b.String() + s
+		}
+		i += len(option)
+		b.WriteString(s[:i] + mask)
+		_, rest, more := strings.Cut(s[i:], "&")
+		if !more {
+			return b.String()
+		}
+		s = "&" + rest
+	}
 }
 
 // Format implements fmt.Formatter for every verb.

@@ -47,18 +47,6 @@ func (c *TCPConn) closed() {
 	})
 }
 
-// tlsConfig is how a proxy is reached over TLS.
-func tlsConfig(s *Spec, protos ...string) *tls.Config {
-	name := s.SNI
-	if name == "" {
-		name = s.Host
-	}
-	return &tls.Config{
-		ServerName: name, MinVersion: tls.VersionTLS12, InsecureSkipVerify: s.Insecure, NextProtos: protos,
-		ClientSessionCache: tls.NewLRUClientSessionCache(8), // a resumed handshake is one round trip shorter and has no certificate to check
-	}
-}
-
 // secure starts TLS on a connection to a proxy; with a nil cfg it is the connection itself.
 func secure(ctx context.Context, c *TCPConn, cfg *tls.Config) (flow.Conn, error) {
 	if cfg == nil {

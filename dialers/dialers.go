@@ -49,6 +49,9 @@ func New(name string, s Spec, n *Net) (flow.Dialer, error) {
 	if s.UDP == UDPOverTCP {
 		return nil, fmt.Errorf("upstream %s: udp=over-tcp: %w", name, flow.ErrNotSupported)
 	}
+	if s.tls == nil && (s.CAFile != "" || s.CertFile != "") {
+		return nil, fmt.Errorf("upstream %s: the certificates have not been read", name) // the system's instead would trust too many
+	}
 	switch s.Scheme {
 	case SchemeDirect:
 		return NewDirect(name, n), nil

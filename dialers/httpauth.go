@@ -147,6 +147,10 @@ func (h *HTTP) head(dst flow.Addr, l *login) (req []byte, secrets []string) {
 	target := flow.Addr{Host: dst.Host, IP: dst.IP.Unmap().WithZone(""), Port: dst.Port}.String()
 	req = append(req, "CONNECT "+target+" HTTP/1.1\r\nHost: "+target+"\r\n"...)
 	cred, secrets := h.credentials(target, l)
+	for _, f := range h.spec.Headers {
+		req = append(req, f.Name+": "+f.Value.Reveal()+"\r\n"...)
+		secrets = append(secrets, f.Value.Reveal())
+	}
 	if cred != "" {
 		req = append(req, "Proxy-Authorization: "+cred+"\r\n"...)
 	}

@@ -65,6 +65,12 @@ type Spec struct {
 	Pipeline     bool   // option pipeline=1: the SOCKS5 request is sent without waiting for the answer to the greeting
 	PasswordFile string // option password_file
 	TokenFile    string // option token_file
+	CAFile       string // option ca: certificates that the proxy's must lead to, instead of the system's
+	CertFile     string // option cert: our certificate for the proxy, with its chain
+	KeyFile      string // option key: its key; "" = it is in CertFile
+	Headers      []Header
+
+	tls *tlsFiles // what is in CAFile and CertFile, once they have been read
 }
 
 // URLError says which part of a proxy URL is wrong. It never contains the userinfo.
@@ -230,6 +236,12 @@ func (s *Spec) parseOptions(query string) error {
 		if opt == "" {
 			continue
 		}
+		if rest, ok := strings.CutPrefix(opt, "header="); ok {
+			if err := s.addHeader(rest); err != nil {
+				return err
+			}
+			continue
+		}
 		key, raw, _ := strings.Cut(opt, "=")
 		value, err := url.PathUnescape(raw)
 		if err != nil {
@@ -272,17 +284,26 @@ func (s *Spec) setOption(key, value string) (err error) {
 			return urlErr(key, "empty")
 		}
 	case "password_file":
-		if s.PasswordFile = value; value == "" {
-			return urlErr(key, "empty")
-		}
+		return file(&s.PasswordFile, key, value)
 	case "token_file":
-		if s.TokenFile = value; value == "" {
-			return urlErr(key, "empty")
-		}
+		return file(&s.TokenFile, key, value)
+	case "ca":
+		return file(&s.CAFile, key, value)
+	case "cert":
+		return file(&s.CertFile, key, value)
+	case "key":
+		return file(&s.KeyFile, key, value)
 	default:
-		return urlErr("option", "unknown: use weight priority udp auth sni insecure pipeline name password_file token_file")
+		return urlErr("option", "unknown: use weight priority udp auth sni insecure pipeline name password_file token_file ca cert key header")
 	}
 	return err
+}
+
+func file(to *string, key, value string) error {
+	if *to = value; value == "" {
+		return urlErr(key, "empty")
+	}
+	return nil
 }
 
 func number(key, value string, least int) (int, error) {
@@ -318,6 +339,14 @@ func (s *Spec) check() error {
 		return urlErr("auth", "bearer needs token_file, or the token as the password")
 	case s.Insecure && s.Scheme != SchemeHTTPS && s.Scheme != SchemeSOCKS5s && s.Scheme != SchemeAuto:
 		return urlErr("insecure", "only for a proxy reached over TLS")
+	case (s.CAFile != "" || s.CertFile != "" || s.KeyFile != "") && s.Scheme != SchemeHTTPS && s.Scheme != SchemeSOCKS5s:
+		return urlErr("ca, cert, key", "only for a proxy reached over TLS")
+	case s.CAFile != "" && s.Insecure:
+		return urlErr("ca", "insecure=1 would make it worth nothing")
+	case s.KeyFile != "" && s.CertFile == "":
+		return urlErr("key", "needs cert")
+	case len(s.Headers) > 0 && s.Scheme != SchemeHTTP && s.Scheme != SchemeHTTPS && s.Scheme != SchemeAuto:
+		return urlErr("header", "only for a proxy asked by HTTP")
 	}
 	return s.checkLengths()
 }
@@ -353,7 +382,8 @@ func (s Spec) String() string {
 	return s.Scheme + "://" + user + s.Server()
 }
 
-// ReadSecrets reads password_file and token_file into Password and Token; one trailing line break is not part of the secret.
+// ReadSecrets reads the files that the Spec names: password_file and token_file into Password and Token, where one trailing line break is
+// not part of the secret, and the certificates.
 func (s *Spec) ReadSecrets() error {
 	if s.PasswordFile != "" {
 		secret, err := readSecret("password_file", s.PasswordFile)
@@ -368,6 +398,9 @@ func (s *Spec) ReadSecrets() error {
 			return err
 		}
 		s.Token = secret
+	}
+	if err := s.readTLS(); err != nil {
+		return err
 	}
 	return s.checkLengths()
 }

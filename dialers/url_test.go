@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 )
 
 func TestParseURL(t *testing.T) {
@@ -56,7 +57,7 @@ func TestParseURL(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if d := cmp.Diff(tt.want, got, secret); d != "" {
+			if d := cmp.Diff(tt.want, got, secret, cmpopts.IgnoreUnexported(Spec{})); d != "" {
 				t.Error(d)
 			}
 			if got.String() != tt.text {
