@@ -105,7 +105,7 @@ func TestHashBy(t *testing.T) {
 			t.Fatal(err)
 		}
 		f := &flow.Flow{Src: netip.MustParseAddrPort(src), Dst: flow.Addr{Host: host, Port: port}}
-		c, err := d.(flow.FlowDialer).DialFlow(t.Context(), f)
+		c, err := d.(flow.SourceDialer).DialFlow(t.Context(), f)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -209,7 +209,7 @@ func (p *Pool) Dial(ctx context.Context, dst flow.Addr) (flow.Conn, error) {
 // DialFlow is Dial to f.Dst for a flow whose source is known: a pool by hash may choose by it.
 func (p *Pool) DialFlow(ctx context.Context, f *flow.Flow) (flow.Conn, error) {
 	return p.dial(ctx, p.key(f.Src.Addr(), &f.Dst), func(ctx context.Context, d flow.Dialer) (flow.Conn, error) {
-		if fd, ok := d.(flow.FlowDialer); ok {
+		if fd, ok := d.(flow.SourceDialer); ok {
 			return fd.DialFlow(ctx, f)
 		}
 		return d.Dial(ctx, f.Dst)

@@ -197,6 +197,13 @@ type Dialer interface {
 	ListenPacket(ctx context.Context, f *Flow) (PacketConn, error)
 }
 
+// SourceDialer is implemented by a Dialer for which more of a flow counts than where it goes to: a pool that keeps the flows of one source
+// together.
+type SourceDialer interface {
+	// DialFlow is Dial to f.Dst. f is read-only, and not kept.
+	DialFlow(ctx context.Context, f *Flow) (Conn, error)
+}
+
 // Conn is a stream with half-close and abort. A Conn that also implements syscall.Conn is a plain socket: bytes may be moved to and from
 // its descriptor directly, nothing is buffered above it.
 type Conn interface {

@@ -201,7 +201,7 @@ func (h *Handler) dial(ctx context.Context, via Dialer, f *Flow) (Conn, error) {
 		return nil, err
 	}
 	defer func() { <-h.dials }()
-	if d, ok := via.(FlowDialer); ok {
+	if d, ok := via.(SourceDialer); ok {
 		return d.DialFlow(ctx, f)
 	}
 	return via.Dial(ctx, f.Dst)
