@@ -60,10 +60,18 @@ func (a *Auto) Status() Status {
 	if k := a.known.Load(); k != nil {
 		failed := st
 		st = StatusOf(k.Dialer)
-		st.URL, st.Total, st.Errors = failed.URL, st.Total+failed.Total, st.Errors+failed.Errors
+		st.URL, st.State, st.Total, st.Errors = failed.URL, failed.State, st.Total+failed.Total, st.Errors+failed.Errors
 		st.Up = st.Up && failed.Up
 	}
 	return st
+}
+
+// SetState switches what was found too: what is open is open through that.
+func (a *Auto) SetState(s State) {
+	a.gate.SetState(s)
+	if k := a.known.Load(); k != nil {
+		SetState(k.Dialer, s)
+	}
 }
 
 // Protocol returns what the upstream was found to speak: socks5h, http or socks4a, and "" as long as it is not known.
@@ -91,6 +99,9 @@ func (a *Auto) DialContext(ctx context.Context, network, address string) (net.Co
 
 // Dial asks the upstream for a connection to dst.
 func (a *Auto) Dial(ctx context.Context, dst flow.Addr) (flow.Conn, error) {
+	if a.off() {
+		return nil, a.wrap("connect", errOff)
+	}
 	d, err := a.find(ctx)
 	if err != nil {
 		return nil, err
@@ -102,6 +113,9 @@ func (a *Auto) Dial(ctx context.Context, dst flow.Addr) (flow.Conn, error) {
 
 // ListenPacket opens an association if the upstream is a SOCKS5 server.
 func (a *Auto) ListenPacket(ctx context.Context, f *flow.Flow) (flow.PacketConn, error) {
+	if a.off() {
+		return nil, a.wrap("udp", errOff)
+	}
 	d, err := a.find(ctx)
 	if err != nil {
 		return nil, err
@@ -122,9 +136,6 @@ func (a *Auto) judge(err error) {
 
 // find returns the upstream as what it speaks. Of several callers one asks and the others wait.
 func (a *Auto) find(ctx context.Context) (*speaker, error) {
-	if a.off() {
-		return nil, a.wrap("connect", errOff)
-	}
 	a.mu.Lock()
 	for a.running != nil {
 		wait := a.running
@@ -168,6 +179,7 @@ func (a *Auto) find(ctx context.Context) (*speaker, error) {
 		return nil, err
 	}
 	a.known.Store(known)
+	SetState(known.Dialer, a.State()) // it may have been switched meanwhile
 	return known, nil
 }
 
@@ -209,7 +221,7 @@ func (a *Auto) detect(ctx context.Context) (string, error) {
 	}
 	scheme, errs := race(ctx, len(probes), probeStagger, func(ctx context.Context, i int) (string, error) {
 		p := probes[i]
-		c, err := a.connect(ctx)
+		c, err := a.knock(ctx)
 		if err != nil {
 			return "", err
 		}

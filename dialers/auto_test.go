@@ -192,3 +192,38 @@ func TestAutoOnce(t *testing.T) {
 		t.Errorf("asked %d times", n)
 	}
 }
+
+// Switching off reaches the connections of what was found, and a trial finds out all the same.
+func TestAutoState(t *testing.T) {
+	var s speaks
+	s.kind.Store("h")
+	srv := dialertest.Start(t, s.step, dialertest.Echo())
+	d := dialer(t, "auto://"+srv.Addr.String())
+	c, err := d.Dial(testContext(t), addr(t, "example.com:443"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	SetState(d, Draining)
+	if _, err := d.Dial(testContext(t), addr(t, "example.com:443")); !errors.Is(err, errOff) || StatusOf(d).State != Draining || StatusOf(d).Active != 1 {
+		t.Errorf("%v %+v", err, StatusOf(d))
+	}
+	SetState(d, Disabled)
+	if _, err := c.Read(make([]byte, 1)); err == nil {
+		t.Error("disabling left a connection")
+	}
+	SetState(d, Enabled)
+	c2, err := d.Dial(testContext(t), addr(t, "example.com:443"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	c2.Close()
+	fresh := dialer(t, "auto://"+srv.Addr.String())
+	SetState(fresh, Disabled)
+	if steps := Trial(testContext(t), fresh, addr(t, "example.com:443")); steps[0].Says != SchemeHTTP || steps[len(steps)-1].Err != nil {
+		t.Errorf("%+v", steps)
+	}
+	if _, err := fresh.ListenPacket(testContext(t), nil); !errors.Is(err, errOff) {
+		t.Error(err)
+	}
+}

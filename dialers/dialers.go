@@ -113,6 +113,11 @@ func (u *upstream) connect(ctx context.Context) (*TCPConn, error) {
 	if u.off() {
 		return nil, u.wrap("connect", errOff)
 	}
+	return u.knock(ctx)
+}
+
+// knock is connect for an upstream that may be switched off.
+func (u *upstream) knock(ctx context.Context) (*TCPConn, error) {
 	begin := u.net.cfg.Now()
 	c, err := u.host.dial(ctx, u.net, u.spec.Port)
 	if err != nil {
