@@ -60,9 +60,9 @@ func supported(cfg *config.Config, name string) error {
 			errs = append(errs, &routing.PathError{Path: path + "." + key, Err: flow.ErrNotSupported})
 		}
 	}
-	refuse(c.Mode == "gateway" || c.Mode == "process", "mode")
-	refuse(len(c.Select) > 0, "select")
-	refuse(len(c.Exclude) > 0, "exclude")
+	refuse(c.Mode == "gateway", "mode")
+	_, err := buildSelection(cfg, name)
+	errs = append(errs, err)
 	refuse(c.Existing == "reset", "existing")
 	refuse(c.Strict, "strict")
 	refuse(c.OnCrash == "open", "on_crash")

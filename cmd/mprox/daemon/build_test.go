@@ -9,9 +9,13 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+
 	"github.com/mutex-proxy/mutex/config"
 	"github.com/mutex-proxy/mutex/dialers"
 	"github.com/mutex-proxy/mutex/flow"
+	"github.com/mutex-proxy/mutex/policy"
 	"github.com/mutex-proxy/mutex/routing"
 )
 
@@ -74,8 +78,9 @@ func TestCheckSaysWhere(t *testing.T) {
 func TestCheckRefusesKeysWithoutCode(t *testing.T) {
 	for _, tt := range []struct{ name, context, path string }{
 		{"gateway", `"mode": "gateway"`, "$.contexts.default.mode"},
-		{"select", `"mode": "cgroup", "select": { "uid": 1000 }`, "$.contexts.default.select"},
-		{"exclude", `"exclude": { "exe": "/usr/sbin/sshd" }`, "$.contexts.default.exclude"},
+		{"exe", `"mode": "process", "select": [ { "uid": 1000 }, { "exe": "/usr/bin/ssh", "uid": 0 } ]`, "$.contexts.default.select[1].exe"},
+		{"pid", `"mode": "process", "select": { "pid": 4242 }`, "$.contexts.default.select[0].pid"},
+		{"exclude", `"exclude": { "exe": "/usr/sbin/sshd" }`, "$.contexts.default.exclude[0].exe"},
 		{"reset", `"existing": "reset"`, "$.contexts.default.existing"},
 		{"bandwidth", `"limits": { "bandwidth": "1mbit" }`, "$.contexts.default.limits.bandwidth"},
 		{"open on crash", `"on_crash": "open"`, "$.contexts.default.on_crash"},
@@ -200,5 +205,46 @@ func TestTemplatesPass(t *testing.T) {
 				t.Errorf("%s: %v", name, e)
 			}
 		}
+	}
+}
+
+// What a configuration says about who is captured reaches the kernel's plan.
+func TestSelection(t *testing.T) {
+	for _, tt := range []struct {
+		name, context string
+		want          selection
+		err           string
+	}{
+		{
+			"all keys", `"mode": "process", "select": [ { "uid": [1, 2], "gid": 3 }, { "cgroup": "/a", "unit": "web-*.service" } ], "exclude": { "user": "root" }`,
+			selection{
+				chosen:   []policy.Selector{{UIDs: []uint32{1, 2}, GIDs: []uint32{3}}, {Cgroups: []string{"/a"}, Units: []string{"web-*.service"}}},
+				excluded: []policy.Selector{{UIDs: []uint32{0}}},
+			},
+			"",
+		},
+		{"global", `"mode": "global", "select": { "uid": 1 }, "exclude": { "gid": 4 }`, selection{excluded: []policy.Selector{{GIDs: []uint32{4}}}}, ""},
+		{"user and uid", `"mode": "cgroup", "select": { "user": "root", "uid": [0, 7] }`, selection{chosen: []policy.Selector{{UIDs: []uint32{0}}}}, ""},
+		{"nobody", `"mode": "cgroup", "select": { "user": "root", "uid": 7 }`, selection{}, "nobody would match"},
+		{"unknown user", `"mode": "cgroup", "select": { "user": ["root", "no-such-user"] }`, selection{}, "select[0].user[1]"},
+		{"bad unit", `"mode": "cgroup", "exclude": { "unit": "a/b" }`, selection{}, "exclude[0].unit[0]"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			text := `{ "contexts": { "default": { "default": "direct", ` + tt.context + ` } } }`
+			cfg, err := config.Parse("test.json", []byte(text), Check)
+			if tt.err != "" {
+				if err == nil || !strings.Contains(err.Error(), tt.err) {
+					t.Errorf("got %v, want %q", err, tt.err)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, err := buildSelection(cfg, "default")
+			if diff := cmp.Diff(tt.want, got, cmp.AllowUnexported(selection{}), cmpopts.EquateEmpty()); diff != "" || err != nil {
+				t.Errorf("%v\n%s", err, diff)
+			}
+		})
 	}
 }

@@ -47,6 +47,7 @@ type liveContext struct {
 
 	mu    sync.Mutex // guards what follows
 	cfg   config.Context
+	who   selection
 	ups   *upstreams
 	rules atomic.Pointer[routing.Table]
 
@@ -84,9 +85,7 @@ func newContext(cfg *config.Config, name string, slot int, ups *upstreams, env c
 	if err != nil {
 		return nil, err
 	}
-	if err != nil {
-		return nil, err
-	}
+	c.who = ch.who
 	c.table = flow.NewTable(flow.TableConfig{
 		Context: name, MaxFlows: c.cfg.Limits.Flows, IDs: env.ids, Log: c.log, Recorder: env.recorder,
 	})
@@ -203,7 +202,7 @@ func (c *liveContext) spec() policy.ContextSpec {
 		Name: c.name, Mode: policyMode(c.cfg.Mode), Slot: c.slot, MTU: c.cfg.TUN.MTU,
 		Direct: bypassPrefixes(c.cfg.Bypass), Fake: fakePrefixes(c.cfg.DNS.Fake),
 		DNSPort4: c.ports[0], DNSPort6: c.ports[1], DNSOff: c.cfg.DNS.Mode == "off",
-		Cgroups: slices.Clone(c.cgroups), OnStop: onStop(c.cfg.OnStop), OnCrash: onEnd(c.cfg.OnCrash),
+		Cgroups: slices.Clone(c.cgroups), Select: c.who.chosen, Exclude: c.who.excluded, OnStop: onStop(c.cfg.OnStop), OnCrash: onEnd(c.cfg.OnCrash),
 	}
 	if c.device != nil && !c.gone {
 		s.TUN = c.device.Name()
@@ -219,10 +218,10 @@ func (c *liveContext) detach() {
 }
 
 // setConfig changes what spec says. Rules and DNS have their own ways.
-func (c *liveContext) setConfig(cfg config.Context) {
+func (c *liveContext) setConfig(cfg config.Context, who selection) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.cfg = cfg
+	c.cfg, c.who = cfg, who
 }
 
 // addCgroup captures a cgroup from the next plan on.

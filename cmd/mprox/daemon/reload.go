@@ -56,6 +56,10 @@ func (d *Daemon) Reload(ctx context.Context) (err error) {
 	if d.opt.SetLevel != nil {
 		d.opt.SetLevel(cfg.Log)
 	}
+	// Before, nothing had to be left alone if nobody but leases was captured.
+	if err := d.excludeLocal(ctx, ups); err != nil {
+		d.log.Error("upstreams on this machine may be captured themselves", zap.Error(err))
+	}
 	oldUps.stopChecks(ups)
 	ups.startChecks()
 	d.mu.Lock()
@@ -100,6 +104,7 @@ type generation struct {
 type contextChange struct {
 	c         *liveContext
 	cfg, old  config.Context
+	who, was  selection
 	rules     *routing.Table
 	commitDNS func()
 }
@@ -154,7 +159,11 @@ func freeSlot(used map[int]bool) (int, error) {
 
 // change builds what the context gets under a new configuration.
 func (c *liveContext) change(cfg *config.Config, ups *upstreams, env contextEnv) (contextChange, error) {
-	ch := contextChange{c: c, cfg: cfg.Contexts[c.name], old: c.cfg}
+	ch := contextChange{c: c, cfg: cfg.Contexts[c.name], old: c.cfg, was: c.who}
+	var err error
+	if ch.who, err = buildSelection(cfg, c.name); err != nil {
+		return ch, err
+	}
 	commit, err := c.names.Prepare(buildDNS(cfg, c.name, ups, c.names, dnsEnv{stateDir: env.stateDir, log: env.log}))
 	if err != nil {
 		return ch, err
@@ -178,7 +187,7 @@ func (n *generation) apply(ctx context.Context) (err error) {
 		}
 	}
 	for _, ch := range n.changed {
-		ch.c.setConfig(ch.cfg)
+		ch.c.setConfig(ch.cfg, ch.who)
 	}
 	n.d.setContexts(n.added, n.removed)
 	if err := n.d.manager.Apply(ctx, n.d.spec()); err != nil {
@@ -199,7 +208,7 @@ func (n *generation) apply(ctx context.Context) (err error) {
 // undo takes back what apply has done to the objects; policy undoes its own part.
 func (n *generation) undo() {
 	for _, ch := range n.changed {
-		ch.c.setConfig(ch.old)
+		ch.c.setConfig(ch.old, ch.was)
 	}
 	n.d.setContexts(n.removed, n.added)
 	for _, c := range n.added {

@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package daemon
+
+import (
+	"errors"
+	"fmt"
+	"os/user"
+	"slices"
+	"strconv"
+
+	"github.com/mutex-proxy/mutex/config"
+	"github.com/mutex-proxy/mutex/flow"
+	"github.com/mutex-proxy/mutex/policy"
+	"github.com/mutex-proxy/mutex/routing"
+)
+
+// selection is who a context captures beside its leases, and whom it leaves out.
+type selection struct{ chosen, excluded []policy.Selector }
+
+// buildSelection looks users up, and refuses what nothing implements: a selector that is ignored would leave traffic uncaptured. In mode
+// global select has no effect, which config warns about.
+func buildSelection(cfg *config.Config, name string) (selection, error) {
+	c := cfg.Contexts[name]
+	path := configPath("contexts", name)
+	var out selection
+	var errs []error
+	build := func(key string, in []config.Selector) []policy.Selector {
+		var sels []policy.Selector
+		for i, s := range in {
+			sel, err := buildSelector(fmt.Sprintf("%s.%s[%d]", path, key, i), s)
+			errs = append(errs, err)
+			sels = append(sels, sel)
+		}
+		return sels
+	}
+	out.chosen, out.excluded = build("select", c.Select), build("exclude", c.Exclude)
+	if c.Mode == "global" {
+		out.chosen = nil
+	}
+	return out, errors.Join(errs...)
+}
+
+// buildSelector turns one entry of select or exclude into the kernel's terms.
+func buildSelector(path string, s config.Selector) (policy.Selector, error) {
+	var errs []error
+	refuse := func(key string, err error) {
+		errs = append(errs, &routing.PathError{Path: path + "." + key, Err: err})
+	}
+	for _, k := range []struct {
+		key   string
+		given bool
+	}{{"pid", len(s.PID) > 0}, {"exe", len(s.Exe) > 0}, {"interface", len(s.Interface) > 0}, {"source_cidr", len(s.SourceCIDR) > 0}} {
+		if k.given {
+			refuse(k.key, flow.ErrNotSupported)
+		}
+	}
+	out := policy.Selector{UIDs: slices.Clone(s.UID), GIDs: slices.Clone(s.GID), Cgroups: slices.Clone(s.Cgroup), Units: slices.Clone(s.Unit)}
+	for i, u := range s.Unit {
+		if err := policy.CheckUnit(u); err != nil {
+			refuse(fmt.Sprintf("unit[%d]", i), err)
+		}
+	}
+	var users []uint32
+	for i, name := range s.User {
+		uid, err := lookupUser(name)
+		if err != nil {
+			refuse(fmt.Sprintf("user[%d]", i), err)
+			continue
+		}
+		users = append(users, uid)
+	}
+	if len(s.User) > 0 && len(errs) == 0 {
+		if len(s.UID) > 0 { // both must match
+			users = slices.DeleteFunc(users, func(u uint32) bool { return !slices.Contains(s.UID, u) })
+			if len(users) == 0 {
+				refuse("user", errors.New("none of the users has one of the uids: nobody would match"))
+			}
+		}
+		out.UIDs = users
+	}
+	return out, errors.Join(errs...)
+}
+
+// lookupUser reads /etc/passwd: the binary is static, so the directories behind NSS (LDAP) are not asked.
+func lookupUser(name string) (uint32, error) {
+	u, err := user.Lookup(name)
+	if err != nil {
+		return 0, fmt.Errorf("%w: give the uid of a user who is not in /etc/passwd", err)
+	}
+	uid, err := strconv.ParseUint(u.Uid, 10, 32)
+	return uint32(uid), err
+}
