@@ -18,8 +18,8 @@ import (
 //	           readv                                  ┌─ toUDP ─────────▶ udpTable (no netstack)
 //	TUN queue ───────▶ reader.Buffer ─▶ packet.parse ─┼─ toNetstack ────▶ NIC trusted ─▶ TCP processors
 //	           64 KiB                                 └─ toNetstackSlow ▶ NIC checked ─▶ TCP, fragments, ICMP, the rest
-//	TUN queue ◀─────── link.send ◀──── WritePackets, from whichever goroutine sends
-//	           writev
+//	TUN queue ◀─────── link.send ◀─┬── WritePackets, from whichever goroutine sends
+//	           writev              └── writeShakes: SYN-ACKs
 //
 // Up: a train of segments arrives as one packet of up to 64 KiB and goes to netstack as one, without being copied. Down: netstack makes
 // trains itself (HostGSOSupported) and the kernel splits them, or better, does not.
@@ -41,10 +41,60 @@ type link struct {
 	queues []*tun.Queue
 	mtu    int
 	count  *counters
+	shakes chan handshake // SYN-ACKs for writeShakes
 }
 
 func newLink(dev *tun.Device, count *counters) *link {
-	return &link{dev: dev, queues: dev.Queues(), mtu: dev.MTU(), count: count}
+	return &link{dev: dev, queues: dev.Queues(), mtu: dev.MTU(), count: count, shakes: make(chan handshake, shakesMax)}
+}
+
+// shakesMax bounds the SYN-ACKs that wait to be written; the ones beyond are written at once.
+const shakesMax = 256
+
+// handshake is a SYN-ACK that waits to be written: at most an IPv6 header and the longest TCP header.
+type handshake struct {
+	h    tun.Header
+	hash uint32
+	n    int
+	b    [header.IPv6MinimumSize + header.TCPHeaderMaximumSize]byte
+}
+
+// shake leaves a SYN-ACK to writeShakes. netstack sends it with the endpoint locked. Written there and then, the application's kernel answers
+// and its application wakes up before the write returns, and netstack's processor, with that answer in its hands, spins on the lock until
+// it does: more than half of the CPU of a connection. It reports false if the packet has to be written by the caller.
+func (l *link) shake(hash uint32, h *tun.Header, pieces [][]byte) bool {
+	s := handshake{h: *h, hash: hash}
+	for _, p := range pieces {
+		if s.n+len(p) > len(s.b) {
+			return false
+		}
+		s.n += copy(s.b[s.n:], p)
+	}
+	select {
+	case l.shakes <- s:
+		return true
+	default:
+		return false
+	}
+}
+
+// writeShakes writes what shake leaves, until done. What is left then belongs to connections that are being reset.
+func (l *link) writeShakes(done <-chan struct{}) {
+	for {
+		select {
+		case s := <-l.shakes:
+			l.send(s.hash, &s.h, s.b[:s.n])
+		case <-done:
+			return
+		}
+	}
+}
+
+// isSYNACK says whether the packet answers a SYN.
+func isSYNACK(pkt *stack.PacketBuffer) bool {
+	const both = header.TCPFlagSyn | header.TCPFlagAck
+	h := header.TCP(pkt.TransportHeader().Slice())
+	return pkt.TransportProtocolNumber == header.TCPProtocolNumber && len(h) >= header.TCPMinimumSize && h.Flags()&both == both
 }
 
 // send writes one packet, given in pieces that stay the caller's. All packets of one hash leave by one queue, and so in order.
@@ -87,7 +137,8 @@ func newTrusted(l *link) *nic {
 // newChecked returns the NIC for packets whose checksums netstack has to verify.
 func newChecked(l *link) *nic { return &nic{link: l, name: "checked"} }
 
-// WritePackets writes from the caller's goroutine: one system call a packet or train, no queue. netstack retransmits what is lost.
+// WritePackets writes from the caller's goroutine: one system call a packet or train, no queue but for SYN-ACKs. netstack retransmits what
+// is lost.
 func (n *nic) WritePackets(pkts stack.PacketBufferList) (int, tcpip.Error) {
 	for _, pkt := range pkts.AsSlice() {
 		n.write(pkt)
@@ -121,6 +172,9 @@ func (n *nic) write(pkt *stack.PacketBuffer) {
 		}
 		pieces = append(pieces, b[skip:])
 		skip = 0
+	}
+	if pkt.Data().Size() == 0 && isSYNACK(pkt) && n.shake(pkt.Hash, &h, pieces) {
+		return
 	}
 	n.send(pkt.Hash, &h, pieces...)
 }

@@ -66,8 +66,9 @@ type Stack struct {
 	udp    *udpTable
 	echo   *echoTable
 
-	ns      *stack.Stack // nil before Start
-	readers sync.WaitGroup
+	ns      *stack.Stack   // nil before Start
+	readers sync.WaitGroup // one a queue
+	writers sync.WaitGroup // of SYN-ACKs
 
 	mu      sync.Mutex
 	started bool
@@ -116,6 +117,7 @@ func (s *Stack) Start() error {
 	if err := s.build(trusted, checked); err != nil {
 		return fmt.Errorf("stack: %w", err)
 	}
+	s.writers.Go(func() { s.link.writeShakes(s.ctx.Done()) })
 	for _, q := range s.cfg.Device.Queues() {
 		s.readers.Go(func() {
 			r := &reader{link: s.link, trusted: trusted, checked: checked, udp: s.udp.receive}
@@ -187,6 +189,7 @@ func (s *Stack) Close() error {
 			q.Stop()
 		}
 		s.readers.Wait()
+		s.writers.Wait()
 	}
 	s.udp.close()
 	s.echo.close()
