@@ -54,7 +54,7 @@ func (r *report) chart() string {
 		y += chartGap
 	}
 	return fmt.Sprintf(`<svg xmlns="http://www.w3.org/2000/svg" width="%d" height="%d" viewBox="0 0 %d %d" font-family="sans-serif" font-size="11">
-<style>text{fill:#222}.t{font-size:12px}.r{font-weight:bold}.plain{fill:#ddd}.upstream{fill:#c8d6e5}.splice{fill:#b8e0c8}.floor{fill:#f3d9a4}.mprox{fill:#7fb2ff}.peer{fill:#e5b8d6}</style>
+<style>text{fill:#222}.t{font-size:12px}.r{font-weight:bold}.plain{fill:#ddd}.upstream{fill:#c8d6e5}.splice{fill:#b8e0c8}.floor{fill:#f3d9a4}.mprox{fill:#7fb2ff}.other{fill:#a9c9f5}.peer{fill:#e5b8d6}</style>
 <rect width="100%%" height="100%%" fill="#fff"/>
 %s</svg>
 `, chartWidth, y, chartWidth, y, b.String())

@@ -148,6 +148,9 @@ func (l *lab) listening(host string, port int) error {
 // addSubjects makes the client namespaces and starts what runs in them.
 func (l *lab) addSubjects() error {
 	all := []*subject{{name: subPlain}, {name: subUpstream, socks: socksAt(socksPort)}, {name: subFloor}, {name: subSplice}, {name: subEngine}}
+	if l.o.other != "" {
+		all = append(all, &subject{name: subOther})
+	}
 	if l.o.peer != "" {
 		all = append(all, &subject{name: subPeer})
 	}
@@ -162,7 +165,7 @@ func (l *lab) addSubjects() error {
 		switch s.name {
 		case subFloor, subSplice:
 			s.start = func() (*process, error) { return l.startRedirect(s) }
-		case subEngine:
+		case subEngine, subOther:
 			s.start = func() (*process, error) { return l.startEngine(s) }
 		case subPeer:
 			s.start = func() (*process, error) { return l.startPeer(s, k+1) }
@@ -225,12 +228,16 @@ func (l *lab) startRedirect(s *subject) (*process, error) {
 
 // startEngine starts mprox and waits until it carries traffic.
 func (l *lab) startEngine(s *subject) (*process, error) {
-	return l.spawnReady(s.ns, l.profileEnv(), func() bool { return l.reaches(s) }, l.engineArgs()...)
+	return l.spawnReady(s.ns, l.profileEnv(), func() bool { return l.reaches(s) }, l.engineArgs(s)...)
 }
 
-func (l *lab) engineArgs() []string {
+func (l *lab) engineArgs(s *subject) []string {
+	binary := l.o.binary
+	if s.name == subOther {
+		binary = l.o.other
+	}
 	return []string{
-		l.o.binary, "up", "--socket", filepath.Join(l.dir, "mprox.sock"), "-D", filepath.Join(l.dir, "state"),
+		binary, "up", "--socket", filepath.Join(l.dir, s.name+".sock"), "-D", filepath.Join(l.dir, s.name),
 		"--log-level", "error", "--proxy", "socks5h://" + socksAt(l.port),
 	}
 }

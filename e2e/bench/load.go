@@ -169,10 +169,11 @@ func (l *loader) bulk() error {
 	var wg sync.WaitGroup
 	for i, c := range conns {
 		wg.Go(func() {
-			n, err := upload(c, end)
+			move := upload
 			if l.Kind == kindDown {
-				n, err = download(c, end)
+				move = download
 			}
+			n, err := move(c, end)
 			if err != nil {
 				l.fail(err)
 			}
@@ -187,8 +188,12 @@ func (l *loader) bulk() error {
 	return nil
 }
 
+// drainTimeout is how long what has been sent may take to arrive.
+const drainTimeout = 10 * time.Second
+
 func upload(c *net.TCPConn, end time.Time) (uint64, error) {
 	buf := make([]byte, bulkBuffer)
+	_ = c.SetDeadline(end.Add(drainTimeout))
 	for time.Now().Before(end) {
 		if _, err := c.Write(buf); err != nil {
 			return 0, err

@@ -28,6 +28,7 @@ import (
 // options is what the flags say.
 type options struct {
 	binary  string // of the engine; "" = built
+	other   string // of another build of it, to compare with; "" = none
 	rows    []string
 	skip    []string // subjects
 	reps    int
@@ -81,8 +82,9 @@ func parseFlags(args []string, w io.Writer) (options, error) {
 	fs := flag.NewFlagSet("bench", flag.ContinueOnError)
 	fs.SetOutput(w)
 	fs.StringVar(&o.binary, "mprox", "", "`path` of the engine; default: built from this tree")
+	fs.StringVar(&o.other, "other", "", "`path` of another build of mprox, measured in turns with the first")
 	fs.StringVar(&rows, "rows", "", "comma list of rows, or of beginnings of their names: "+strings.Join(rowNames(), " "))
-	fs.StringVar(&skip, "skip", "", "comma list of subjects to leave out: plain upstream floor splice mprox peer")
+	fs.StringVar(&skip, "skip", "", "comma list of subjects to leave out: plain upstream floor splice mprox other peer")
 	fs.IntVar(&o.reps, "reps", 5, "repetitions of each row")
 	fs.Float64Var(&o.seconds, "seconds", 2, "length of one measurement")
 	fs.BoolVar(&quick, "quick", false, "one repetition of half a second, no waiting for memory to be given back")

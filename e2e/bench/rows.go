@@ -22,6 +22,7 @@ const (
 	subFloor    = "floor"    // REDIRECT and a copy through 64 KiB, same server
 	subSplice   = "splice"   // REDIRECT and splice, same server
 	subEngine   = "mprox"
+	subOther    = "other" // another build of it
 	subPeer     = "peer"
 )
 
@@ -111,7 +112,7 @@ func (l *lab) measure(ctx context.Context, rep *report) error {
 		}
 		if r.special != nil {
 			for _, s := range l.subjects {
-				if s.name != subEngine && s.name != subPeer {
+				if s.name != subEngine && s.name != subOther && s.name != subPeer {
 					continue
 				}
 				if err := r.special(ctx, l, s, rep); err != nil {
@@ -261,8 +262,8 @@ func startToFirstByte(ctx context.Context, l *lab, s *subject, rep *report) erro
 
 // startCold starts the engine without waiting for it; a peer is routed to first.
 func (l *lab) startCold(s *subject) (*process, error) {
-	if s.name == subEngine {
-		return l.spawn(s.ns, nil, l.engineArgs()...)
+	if s.name != subPeer {
+		return l.spawn(s.ns, nil, l.engineArgs(s)...)
 	}
 	return s.start()
 }
