@@ -3,6 +3,7 @@
 package stack
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -61,10 +62,11 @@ type syn struct {
 
 // tcpFront stands in front of netstack's forwarder: it holds what the forwarder does not keep (the SYN itself) or not bound (a source's share).
 type tcpFront struct {
-	s    *Stack
-	max  int
-	fwd  *tcp.Forwarder
-	open atomic.Int64 // accepted and not closed connections
+	s         *Stack
+	max       int
+	handshake time.Duration // 0 = handshakeTime
+	fwd       *tcp.Forwarder
+	open      atomic.Int64 // accepted and not closed connections
 
 	mu        sync.Mutex
 	pending   map[stack.TransportEndpointID]*syn
@@ -186,14 +188,16 @@ var _ flow.Pending = (*pending)(nil)
 
 var errAnswered = errors.New("the connection request has been answered already")
 
-// Accept sends the SYN-ACK and waits until the application's kernel has acknowledged it: microseconds, or, if it is gone, until
-// synRetries are used up or the Stack is closed.
+// Accept sends the SYN-ACK and waits until the application's kernel has acknowledged it: microseconds, or, if it is gone or never was
+// there, handshakeTime or until the Stack is closed.
 func (p *pending) Accept() (flow.Conn, error) {
 	if !p.done.CompareAndSwap(false, true) {
 		return nil, errAnswered
 	}
 	c := newConn(p.t, p.id)
+	overdue := time.AfterFunc(cmp.Or(p.t.handshake, handshakeTime), p.t.abandon(p.id))
 	ep, err := p.req.CreateEndpoint(&c.queue)
+	overdue.Stop()
 	p.req.Complete(false)
 	p.t.forget(p.id)
 	if err != nil {
@@ -201,6 +205,19 @@ func (p *pending) Accept() (flow.Conn, error) {
 	}
 	c.start(ep)
 	return c, nil
+}
+
+// abandon ends a handshake that is under way: netstack itself would go on for two minutes, whatever its options say.
+func (t *tcpFront) abandon(id stack.TransportEndpointID) func() {
+	return func() {
+		proto := header.IPv4ProtocolNumber
+		if id.LocalAddress.Len() == header.IPv6AddressSize {
+			proto = header.IPv6ProtocolNumber
+		}
+		if ep := t.s.ns.FindTransportEndpoint(proto, tcp.ProtocolNumber, id, nicTrusted); ep != nil {
+			ep.Abort()
+		}
+	}
 }
 
 // Reject answers no. Only the first call of Accept and Reject counts.
@@ -223,12 +240,11 @@ func setTCPOptions(ns *stack.Stack) error {
 	noDelay := tcpip.TCPDelayEnabled(false)                  // Nagle would hold back what the upstream has already sent
 	timeWait := tcpip.TCPTimeWaitTimeoutOption(0)            // a SYN that reuses a tuple in TIME_WAIT is lost: 1 s at 1 ms, 12 s at 60 s
 	linger := tcpip.TCPLingerTimeoutOption(30 * time.Second) // FIN_WAIT_2 after both sides of the relay have ended: the application has stopped caring
-	retries := tcpip.TCPSynRetriesOption(synRetries)
-	cc := tcpip.CongestionControlOption("reno") // there is no congestion on a TUN; the cheapest
+	cc := tcpip.CongestionControlOption("reno")              // there is no congestion on a TUN; the cheapest
 	receive := tcpip.TCPReceiveBufferSizeRangeOption{Min: 4 << 10, Default: bufferMin, Max: bufferMax}
 	send := tcpip.TCPSendBufferSizeRangeOption{Min: 4 << 10, Default: bufferMin, Max: bufferMax}
 	for _, o := range []tcpip.SettableTransportProtocolOption{
-		&sack, &recovery, &moderate, &noDelay, &timeWait, &linger, &retries, &cc, &receive, &send,
+		&sack, &recovery, &moderate, &noDelay, &timeWait, &linger, &cc, &receive, &send,
 	} {
 		if err := ns.SetTransportProtocolOption(tcp.ProtocolNumber, o); err != nil {
 			return fmt.Errorf("tcp option %T: %s", o, err)
@@ -237,5 +253,6 @@ func setTCPOptions(ns *stack.Stack) error {
 	return nil
 }
 
-// synRetries is how often a SYN-ACK is repeated: 15 s in all. The application's kernel answers the first, or is not there.
-const synRetries = 4
+// handshakeTime is how long a SYN-ACK waits for its acknowledgement, three repetitions included (after 1, 3 and 7 s). The application's kernel answers
+// the first, or is not there; until it is given up, the request holds a connection of the upstream.
+const handshakeTime = 10 * time.Second

@@ -101,6 +101,29 @@ func TestClose(t *testing.T) {
 	}
 }
 
+// TestHandshakeTime: an application that never acknowledges the SYN-ACK is given up, and with it its place among the pending.
+func TestHandshakeTime(t *testing.T) {
+	for _, v := range variants()[:2] {
+		accepting := make(chan error, 1)
+		s, dev := startStack(t, &handler{tcp: func(_ context.Context, _, _ netip.AddrPort, p flow.Pending) {
+			p.(*pending).t.handshake = 50 * time.Millisecond
+			_, err := p.Accept()
+			accepting <- err
+		}}, true, nil)
+		syn := tcp4(v.app(), v.dst(0).Addr(), 1000, 80, header.TCPFlagSyn)
+		sendRaw(t, dev, tun.Header{}, syn)
+		select {
+		case err := <-accepting:
+			if err == nil {
+				t.Errorf("%s: accepted", v.name)
+			}
+		case <-time.After(wait):
+			t.Fatalf("%s: still waits", v.name)
+		}
+		eventually(t, func() bool { return s.Stats().PendingTCP == 0 })
+	}
+}
+
 // TestCloseDuringHandshake: an application that never acknowledges the SYN-ACK does not hold up Close, nor does a late Accept.
 func TestCloseDuringHandshake(t *testing.T) {
 	accepting := make(chan error, 2)
