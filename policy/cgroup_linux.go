@@ -110,6 +110,16 @@ func (h *LinuxHost) CgroupProcs(p string) ([]int, error) {
 	return pids, err
 }
 
+// ProcessTree implements Host.
+func (h *LinuxHost) ProcessTree(_ context.Context, pid int) (uint64, []int, error) {
+	_, start, err := process.Stat(pid)
+	if err != nil {
+		return 0, nil, err
+	}
+	pids, err := process.Tree(pid)
+	return start, pids, err
+}
+
 // maxUnitDirs bounds the search for units. A machine with more slices and services than that must name their cgroups.
 const maxUnitDirs = 20000
 

@@ -48,7 +48,7 @@
 // route connecting fails before nftables sees a packet. A user is whoever made the socket. A cgroup that is made, or made again, while the
 // daemon runs is found by looking every half second; what it sends before that is not selected, and once the daemon is dead nobody looks.
 // Whoever is excluded from a global context is blocked with everybody else while the daemon is dead. All of the selected's DNS is redirected
-// to the context's listeners.
+// to the context's listeners. A process selected by PID keeps the sockets it has: from them it goes on to send as before.
 //
 // A lease whose connection ends while processes live on stays in the Spec with TUN "": its marks and guard block them until Wait returns.
 package policy

@@ -236,6 +236,13 @@ func (h *fakeHost) CgroupProcs(p string) ([]int, error) {
 	return nil, os.ErrNotExist
 }
 
+func (h *fakeHost) ProcessTree(_ context.Context, pid int) (uint64, []int, error) {
+	if _, err := h.Cgroup(pid); err != nil {
+		return 0, nil, err
+	}
+	return uint64(pid), []int{pid}, nil
+}
+
 func (h *fakeHost) FindCgroups(names []string) (map[string][]CgroupRef, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()

@@ -51,6 +51,8 @@ type Host interface {
 	MakeCgroup(path string) (CgroupRef, error)
 	RemoveCgroup(path string) error // fails while processes are in it
 	CgroupProcs(path string) ([]int, error)
+	// ProcessTree returns a process with all its descendants, and the time it was started (in ticks since boot); os.ErrNotExist without it.
+	ProcessTree(ctx context.Context, pid int) (start uint64, pids []int, err error)
 	// FindCgroups looks for cgroups by name: a path below the cgroup2 mount if it starts with /, else a unit as in Selector.Units. Names of
 	// which nothing is there are left out.
 	FindCgroups(names []string) (map[string][]CgroupRef, error)

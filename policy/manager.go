@@ -64,6 +64,7 @@ type Manager struct {
 	restored  map[string]uint64
 	dropped   uint64                 // by guard tables that have been replaced since
 	found     map[string][]CgroupRef // what the selectors' cgroups were in the last plan
+	pids      map[int]*pidGroup      // selected processes; nil = was not there
 	stopWatch context.CancelFunc
 	watching  sync.WaitGroup
 }
@@ -73,7 +74,7 @@ func NewManager(cfg Config) *Manager {
 	cfg = cfg.withDefaults()
 	return &Manager{
 		cfg: cfg, host: cfg.Host, log: cfg.Log, slots: map[int]bool{}, nftText: map[string]string{}, nftPrint: map[string]string{},
-		restored: map[string]uint64{}, warned: map[string]bool{},
+		restored: map[string]uint64{}, warned: map[string]bool{}, pids: map[int]*pidGroup{},
 	}
 }
 
@@ -202,14 +203,18 @@ func (m *Manager) convergeLocked(ctx context.Context, spec Spec, repair bool) er
 		// Somebody else's rule in our block is no reason to leave ours broken.
 		snap.Rules = slices.DeleteFunc(snap.Rules, func(r Rule) bool { return r.Protocol != Protocol })
 	}
-	if snap.Cgroups, err = m.findCgroupsLocked(spec); err != nil {
+	found, err := m.findCgroupsLocked(spec)
+	if err != nil {
+		return err
+	}
+	if snap.Cgroups, err = m.pidCgroupsLocked(ctx, spec, found); err != nil {
 		return err
 	}
 	plan, err := NewPlan(spec, snap)
 	if err != nil {
 		return err
 	}
-	m.found = snap.Cgroups
+	m.found = found
 	if err := m.recordLocked(spec, plan); err != nil {
 		return err
 	}
@@ -223,6 +228,9 @@ func (m *Manager) convergeLocked(ctx context.Context, spec Spec, repair bool) er
 	}
 	m.endSocketsLocked(spec)
 	if err := a.run(ctx); err != nil {
+		return err
+	}
+	if err := m.movePIDsLocked(ctx, spec); err != nil {
 		return err
 	}
 	return m.forgetLocked(spec)

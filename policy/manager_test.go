@@ -479,3 +479,45 @@ func TestCleanupKinds(t *testing.T) {
 		t.Errorf("left:\n%s", w)
 	}
 }
+
+// TestSelectPID: rules before moves; idempotent; back when it is selected no more, and at the end.
+func TestSelectPID(t *testing.T) {
+	b := newBench(t)
+	was := b.host.world()
+	b.spec.Contexts = []ContextSpec{{Name: "work", Mode: ModeProcess, TUN: "mprox0", Select: []Selector{{PIDs: []int{42, 4242}}}}}
+	if err := b.m.Prepare(t.Context(), b.spec); err != nil {
+		t.Fatal(err)
+	}
+	log := b.host.take()
+	before(t, log, "mkdir /user.slice/session-1.scope/mprox-4026531840-select-42", "move 42 to mprox-4026531840-select-42")
+	if i, j := slices.Index(log, "nft +mprox"), index(t, log, "move 42"); i < 0 || i > j {
+		t.Errorf("moved before it is guarded:\n%s", strings.Join(log, "\n"))
+	}
+	if err := b.m.Apply(t.Context(), b.spec); err != nil {
+		t.Fatal(err)
+	}
+	if log := strings.Join(b.host.take(), "\n"); strings.Contains(log, "move") || strings.Contains(log, "mkdir") {
+		t.Errorf("moved again:\n%s", log)
+	}
+	b.spec.Contexts[0].Select = []Selector{{UIDs: []uint32{1}}}
+	if err := b.m.Apply(t.Context(), b.spec); err != nil {
+		t.Fatal(err)
+	}
+	before(t, b.host.take(), "nft +mprox", "move 42 to session-1.scope", "rmdir /user.slice/session-1.scope/mprox-4026531840-select-42")
+	b.spec.Contexts[0].Select = []Selector{{PIDs: []int{42}}}
+	if err := b.m.Apply(t.Context(), b.spec); err != nil {
+		t.Fatal(err)
+	}
+	// A crash: the next instance finds it in the old cgroup, and knows where it came from.
+	b.die()
+	b.m = NewManager(b.config())
+	if err := b.m.Prepare(t.Context(), b.spec); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.m.Close(t.Context(), StopConfigured); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(was, b.host.world()); diff != "" {
+		t.Errorf("not as it was:\n%s", diff)
+	}
+}

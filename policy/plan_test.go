@@ -136,6 +136,7 @@ func TestPlanRefuses(t *testing.T) {
 		{"no more marks", func(s *Spec, _ *Snapshot) { s.Contexts[0].Slot = 160 }, ErrConflict, "160"},
 		{"a selector of nobody", func(s *Spec, _ *Snapshot) { s.Contexts[0].Exclude = []Selector{{}} }, nil, "without any condition"},
 		{"a relative cgroup", func(s *Spec, _ *Snapshot) { s.Contexts[0].Exclude = []Selector{{Cgroups: []string{"x"}}} }, nil, "start with /"},
+		{"everybody by pid", func(s *Spec, _ *Snapshot) { s.Contexts[0].Exclude = []Selector{{PIDs: []int{1}}} }, nil, "mode global"},
 		{"a bad pattern", func(s *Spec, _ *Snapshot) { s.Contexts[0].Exclude = []Selector{{Units: []string{"[a"}}} }, nil, "systemd unit"},
 		{"too many combinations", func(s *Spec, _ *Snapshot) {
 			s.Contexts[0].Exclude = []Selector{{UIDs: make([]uint32, 100), GIDs: make([]uint32, 100)}}

@@ -22,6 +22,9 @@ type Selector struct {
 	// Units are names of systemd units, with wildcards (* ? [a-z]); without a suffix a service is meant. They are directories below a slice,
 	// so systemd itself need not run.
 	Units []string
+	// PIDs are processes with all their descendants, those included that are started later: they are moved into a cgroup of ours, below the
+	// one they are in, and back at the end. Sockets that they have already stay as they are.
+	PIDs []int
 }
 
 // maxSelectRules bounds what the selectors of all contexts together may expand to: one rule for each combination of cgroup, unit, user and
@@ -29,12 +32,17 @@ type Selector struct {
 const maxSelectRules = 4096
 
 func (s Selector) validate() error {
-	if len(s.UIDs)+len(s.GIDs)+len(s.Cgroups)+len(s.Units) == 0 {
+	if len(s.UIDs)+len(s.GIDs)+len(s.Cgroups)+len(s.Units)+len(s.PIDs) == 0 {
 		return errors.New("a selector without any condition")
 	}
 	for _, c := range s.Cgroups {
 		if !strings.HasPrefix(c, "/") {
 			return fmt.Errorf("cgroup %q does not start with /", c)
+		}
+	}
+	for _, pid := range s.PIDs {
+		if pid <= 1 {
+			return fmt.Errorf("pid %d: all processes descend from it: that is mode global", pid)
 		}
 	}
 	for _, u := range s.Units {
@@ -73,6 +81,11 @@ func (s Selector) rules(found map[string][]CgroupRef) [][]nfStmt {
 	out = product(out, len(s.Cgroups) > 0, cgroupStmts(s.Cgroups, found))
 	out = product(out, len(s.Units) > 0, cgroupStmts(s.Units, found))
 	var uids, gids []nfStmt
+	var pids []string
+	for _, pid := range s.PIDs {
+		pids = append(pids, pidName(pid))
+	}
+	out = product(out, len(pids) > 0, cgroupStmts(pids, found))
 	for _, id := range s.UIDs {
 		uids = append(uids, stUID{id})
 	}

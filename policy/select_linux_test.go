@@ -259,3 +259,35 @@ func TestExcludeSelected(t *testing.T) {
 		t.Errorf("not as before:\n%s\n\nwas:\n%s", after, before)
 	}
 }
+
+// TestSelectProcess: a process that runs already, with all it starts, and nobody beside it; blocked when the daemon is dead, and put back.
+func TestSelectProcess(t *testing.T) {
+	l := newLab(t)
+	before := l.start()
+	p := fmt.Sprintf("/mproxtest%d-home", os.Getpid())
+	fd := l.cgroup(p)
+	h, other := l.spawn(fd), l.spawn(fd)
+	spec := l.spec(ModeProcess)
+	spec.Contexts[0].Select = []Selector{{PIDs: []int{h.cmd.Process.Pid}}}
+	if err := l.m.Prepare(t.Context(), spec); err != nil {
+		t.Fatal(err)
+	}
+	l.openTUN("mprox0")
+	spec.Contexts[0].TUN = "mprox0"
+	if err := l.m.Apply(t.Context(), spec); err != nil {
+		t.Fatal(err)
+	}
+	l.mustBeCaptured(h)
+	l.mustBeFree(other)
+	l.die()
+	l.mustBeBlocked(h)
+	l.mustBeFree(other)
+	l.cleanup()
+	if after := l.state(); after != before {
+		t.Errorf("not as before:\n%s\n\nwas:\n%s", after, before)
+	}
+	if at, err := l.host.Cgroup(h.cmd.Process.Pid); err != nil || at != p {
+		t.Errorf("is in %s (%v), was in %s", at, err, p)
+	}
+	l.mustBeFree(h)
+}
