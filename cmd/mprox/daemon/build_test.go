@@ -79,7 +79,7 @@ func TestCheckRefusesKeysWithoutCode(t *testing.T) {
 	for _, tt := range []struct{ name, context, path string }{
 		{"gateway", `"mode": "gateway"`, "$.contexts.default.mode"},
 		{"exe", `"mode": "process", "select": [ { "uid": 1000 }, { "exe": "/usr/bin/ssh", "uid": 0 } ]`, "$.contexts.default.select[1].exe"},
-		{"pid", `"mode": "process", "select": { "pid": 4242 }`, "$.contexts.default.select[0].pid"},
+		{"scope", `"mode": "process", "select": { "pid": 4242, "scope": "current" }`, "$.contexts.default.select[0].scope"},
 		{"exclude", `"exclude": { "exe": "/usr/sbin/sshd" }`, "$.contexts.default.exclude[0].exe"},
 		{"reset", `"existing": "reset"`, "$.contexts.default.existing"},
 		{"bandwidth", `"limits": { "bandwidth": "1mbit" }`, "$.contexts.default.limits.bandwidth"},
@@ -226,6 +226,8 @@ func TestSelection(t *testing.T) {
 		{"global", `"mode": "global", "select": { "uid": 1 }, "exclude": { "gid": 4 }`, selection{excluded: []policy.Selector{{GIDs: []uint32{4}}}}, ""},
 		{"user and uid", `"mode": "cgroup", "select": { "user": "root", "uid": [0, 7] }`, selection{chosen: []policy.Selector{{UIDs: []uint32{0}}}}, ""},
 		{"nobody", `"mode": "cgroup", "select": { "user": "root", "uid": 7 }`, selection{}, "nobody would match"},
+		{"pid", `"mode": "process", "select": { "pid": [42, 43] }`, selection{chosen: []policy.Selector{{PIDs: []int{42, 43}}}}, ""},
+		{"everybody", `"exclude": { "pid": 1 }`, selection{}, "mode global"},
 		{"unknown user", `"mode": "cgroup", "select": { "user": ["root", "no-such-user"] }`, selection{}, "select[0].user[1]"},
 		{"bad unit", `"mode": "cgroup", "exclude": { "unit": "a/b" }`, selection{}, "exclude[0].unit[0]"},
 	} {

@@ -59,7 +59,7 @@ type Daemon struct {
 	manager   *policy.Manager
 	life      context.Context //nolint:containedctx // the daemon's own, for what outlives the call that began it
 	stop      context.CancelFunc
-	leftovers sync.WaitGroup // leases that have ended, waiting for their last process
+	leftovers sync.WaitGroup // leases that have ended, waiting for their last process; keepMemory
 	ready     atomic.Bool
 
 	reload     sync.Mutex // held by whoever changes the set of contexts or the kernel plan
@@ -94,6 +94,7 @@ func (d *Daemon) Run(ctx context.Context, ready func()) (err error) {
 	if err := d.start(ctx); err != nil {
 		return errors.Join(err, d.shutdown(policy.StopOpen))
 	}
+	d.leftovers.Go(func() { keepMemory(ctx) })
 	d.ready.Store(true)
 	if ready != nil {
 		ready()

@@ -50,12 +50,15 @@ func buildSelector(path string, s config.Selector) (policy.Selector, error) {
 	for _, k := range []struct {
 		key   string
 		given bool
-	}{{"pid", len(s.PID) > 0}, {"exe", len(s.Exe) > 0}, {"interface", len(s.Interface) > 0}, {"source_cidr", len(s.SourceCIDR) > 0}} {
+	}{{"scope", len(s.PID) > 0 && s.Scope != "tree"}, {"exe", len(s.Exe) > 0}, {"interface", len(s.Interface) > 0}, {"source_cidr", len(s.SourceCIDR) > 0}} {
 		if k.given {
 			refuse(k.key, flow.ErrNotSupported)
 		}
 	}
-	out := policy.Selector{UIDs: slices.Clone(s.UID), GIDs: slices.Clone(s.GID), Cgroups: slices.Clone(s.Cgroup), Units: slices.Clone(s.Unit)}
+	out := policy.Selector{UIDs: slices.Clone(s.UID), GIDs: slices.Clone(s.GID), Cgroups: slices.Clone(s.Cgroup), Units: slices.Clone(s.Unit), PIDs: slices.Clone(s.PID)}
+	if slices.Contains(s.PID, 1) {
+		refuse("pid", errors.New("all processes descend from process 1: that is mode global"))
+	}
 	for i, u := range s.Unit {
 		if err := policy.CheckUnit(u); err != nil {
 			refuse(fmt.Sprintf("unit[%d]", i), err)
