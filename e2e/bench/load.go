@@ -356,7 +356,9 @@ func (l *loader) idle() error {
 // an engine starts, so that none is waited for.
 func (l *loader) who() {
 	begin := time.Now()
-	for end := begin.Add(l.length()); time.Now().Before(end); {
+	pace := time.NewTicker(time.Millisecond) // a busy loop would take a core from the engine that starts
+	defer pace.Stop()
+	for end := begin.Add(l.length()); time.Now().Before(end); <-pace.C {
 		c, err := (&net.Dialer{Timeout: 3 * time.Millisecond}).Dial("tcp", netip.AddrPortFrom(l.origin, portWho).String())
 		if err != nil {
 			continue
