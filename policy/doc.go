@@ -44,6 +44,10 @@
 // daemon's uid. UDP servers on an ephemeral port that were bound before the start answer through the TUN: they look like clients. Traffic
 // that is forwarded (containers, virtual machines) is not captured in global mode.
 //
+// ModeGateway captures what is forwarded for other hosts, not what they send to this machine itself: a resolver on it answers them as before.
+// It switches forwarding on, and off again at the end if it was. IPv6 forwarding makes the kernel ignore router advertisements on links whose
+// accept_ra is 1 (2 keeps them): a default route learnt that way expires.
+//
 // Selectors (ContextSpec.Select, Exclude) mark by nftables alone: the source address is chosen by the first look-up, and without any default
 // route connecting fails before nftables sees a packet. A user is whoever made the socket. A cgroup that is made, or made again, while the
 // daemon runs is found by looking every half second; what it sends before that is not selected, and once the daemon is dead nobody looks.

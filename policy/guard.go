@@ -109,7 +109,7 @@ func (g *guard) prerouting() {
 		if c.TUN == "" {
 			continue
 		}
-		if c.Mode != ModeGlobal {
+		if c.Mode != ModeGlobal && c.Mode != ModeGateway {
 			// The reverse path of what comes out of the TUN is looked up with the context's mark: the main table may have no route at all.
 			// What the kernel answers by itself (a reset, say) goes back by the connection's mark.
 			ctx := ContextMark(g.spec.Mask, c.Slot)
@@ -117,6 +117,7 @@ func (g *guard) prerouting() {
 		}
 		pre.rules = append(pre.rules, rule(stIface{name: c.TUN}, ret()))
 	}
+	g.forwarded(&pre)
 	if g.global {
 		// Whatever came in by a real device is checked, accepted and forwarded by the main table, not by the capture rules.
 		pre.rules = append(pre.rules, rule(g.set(false, inbound)))
@@ -194,6 +195,9 @@ func (g *guard) orphans() nfChain {
 	out := nfChain{name: "orphans", rules: []nfRule{rule(stOwned{}, ret())}}
 	for _, c := range g.contexts {
 		mark := ContextMark(g.spec.Mask, c.Slot)
+		if c.Mode == ModeGateway {
+			continue // nothing of it is this machine's
+		}
 		if c.Mode == ModeGlobal {
 			if len(c.Exclude) == 0 {
 				continue
@@ -292,6 +296,9 @@ func (g *guard) redirect() (NFTable, bool) {
 	}
 	found := false
 	for _, c := range g.contexts {
+		if c.Mode == ModeGateway {
+			continue
+		}
 		var who []nfStmt
 		if c.Mode != ModeGlobal {
 			who = append(who, g.mark(false, ContextMark(g.spec.Mask, c.Slot)))

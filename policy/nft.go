@@ -95,6 +95,8 @@ type (
 	stCtNew struct{}
 	// stCtDNS matches packets in the opening direction of a connection that was opened to port 53, whatever NAT has made of it since.
 	stCtDNS    struct{}
+	stCtReply  struct{} // packets that answer whoever opened the connection
+	stSource   struct{ prefix netip.Prefix }
 	stICMPType struct {
 		v6       bool
 		from, to uint8
@@ -171,6 +173,10 @@ func (s stTupleIn) String() string {
 func (stSYN) String() string     { return "tcp flags & (fin | syn | rst | ack) == syn" }
 func (stCtNew) String() string   { return "ct state new" }
 func (stCtDNS) String() string   { return "ct direction original ct original proto-dst 53" }
+func (stCtReply) String() string { return "ct direction reply" }
+func (s stSource) String() string {
+	return fmt.Sprintf("%s saddr %s", ip(s.prefix.Addr().Is6()), s.prefix)
+}
 func (stHops255) String() string { return "ip6 hoplimit 255" }
 func (stToLocal) String() string { return "fib daddr type local" }
 

@@ -5,6 +5,7 @@ package policy
 import (
 	"encoding/binary"
 	"fmt"
+	"net"
 	"net/netip"
 
 	"github.com/google/nftables/expr"
@@ -99,6 +100,12 @@ func stmtExprs2(s nfStmt) ([]expr.Any, error) {
 			&expr.Ct{Key: expr.CtKeyDIRECTION, Register: reg1}, cmpReg(false, []byte{0}),
 			&expr.Ct{Key: expr.CtKeyPROTODST, Register: reg1}, cmpReg(false, be16(53)),
 		}, nil
+	case stCtReply:
+		return []expr.Any{&expr.Ct{Key: expr.CtKeyDIRECTION, Register: reg1}, cmpReg(false, []byte{1})}, nil
+	case stSource:
+		v6 := s.prefix.Addr().Is6()
+		mask := net.CIDRMask(s.prefix.Bits(), s.prefix.Addr().BitLen())
+		return append(family(v6), nhAddr(v6, true, reg1), masked(mask, make([]byte, len(mask))), cmpReg(false, s.prefix.Addr().AsSlice())), nil
 	case stICMPType:
 		out := append(family(s.v6), l4(protoICMP)...)
 		if s.v6 {

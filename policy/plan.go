@@ -100,7 +100,7 @@ func contextRules(s Spec, c ContextSpec, snap Snapshot) []Rule {
 			}
 			out = append(out, r)
 		}
-		base, dns, direct, capture := Rule{Local: true}, prioDNS, prioDirect, prioCapture
+		base, dns, direct, capture := Rule{Local: c.Mode != ModeGateway}, prioDNS, prioDirect, prioCapture
 		if c.Mode == ModeGlobal {
 			add(prioBypass, Rule{Mark: BypassMark(s.Mask), Mask: s.Mask, Goto: prioEnd})
 			add(prioInbound, Rule{Mark: InboundMark(s.Mask), Mask: s.Mask, Goto: prioEnd})
@@ -170,6 +170,7 @@ func sysctls(s Spec, snap Snapshot) []Sysctl {
 			own("net/ipv6/conf/DEV/accept_ra", "0")
 		}
 	}
+	out = append(out, forwarding(s, snap)...)
 	if !global {
 		return out
 	}

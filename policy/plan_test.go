@@ -70,6 +70,16 @@ func TestPlanGolden(t *testing.T) {
 		{"run", runSpec, func(*Snapshot) {}},
 		{"run-nft", runSpec, func(s *Snapshot) { s.Features.BPFSockMark = false }},
 		{"run-dead", func() Spec { return closedSpec(runSpec()) }, func(*Snapshot) {}},
+		{"gateway", func() Spec {
+			s := globalSpec()
+			s.Contexts[0].Mode, s.Contexts[0].Direct = ModeGateway, nil
+			s.Contexts[0].Select = []Selector{
+				{Interfaces: []string{"eth1"}, Sources: []netip.Prefix{netip.MustParsePrefix("192.168.50.0/24"), netip.MustParsePrefix("fd00:50::/64")}},
+				{Interfaces: []string{"docker0"}},
+			}
+			s.Contexts[0].Exclude = []Selector{{Sources: []netip.Prefix{netip.MustParsePrefix("192.168.50.9/32")}}}
+			return s
+		}, func(*Snapshot) {}},
 		{"selected", selectSpec, func(s *Snapshot) {
 			s.Daemon.Cgroup = service
 			s.Cgroups = map[string][]CgroupRef{
@@ -141,7 +151,10 @@ func TestPlanRefuses(t *testing.T) {
 		{"too many combinations", func(s *Spec, _ *Snapshot) {
 			s.Contexts[0].Exclude = []Selector{{UIDs: make([]uint32, 100), GIDs: make([]uint32, 100)}}
 		}, ErrConflict, "4096"},
-		{"gateway", func(s *Spec, _ *Snapshot) { s.Contexts[0].Mode = ModeGateway }, ErrFeature, "gateway"},
+		{"a gateway of processes", func(s *Spec, _ *Snapshot) {
+			s.Contexts[0].Mode, s.Contexts[0].Select = ModeGateway, []Selector{{UIDs: []uint32{1}}}
+		}, nil, "gateway"},
+		{"hosts on this machine", func(s *Spec, _ *Snapshot) { s.Contexts[0].Exclude = []Selector{{Interfaces: []string{"eth1"}}} }, nil, "gateway"},
 		{"the listener on 53", func(s *Spec, _ *Snapshot) { s.Contexts[0].DNSPort6 = 53 }, nil, "53"},
 		{"table 254", func(s *Spec, _ *Snapshot) { s.TableBase = 254 }, nil, "table_base"},
 		{"foreign rule", func(_ *Spec, s *Snapshot) { s.Rules = append(s.Rules, Rule{Priority: 8500, Table: 7}) }, ErrConflict, "8500"},

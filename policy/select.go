@@ -5,6 +5,7 @@ package policy
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"path"
 	"reflect"
 	"slices"
@@ -25,6 +26,9 @@ type Selector struct {
 	// PIDs are processes with all their descendants, those included that are started later: they are moved into a cgroup of ours, below the
 	// one they are in, and back at the end. Sockets that they have already stay as they are.
 	PIDs []int
+	// Interfaces and Sources select hosts, in ModeGateway only: by the device that their packets arrive on and by where they come from.
+	Interfaces []string
+	Sources    []netip.Prefix
 }
 
 // maxSelectRules bounds what the selectors of all contexts together may expand to: one rule for each combination of cgroup, unit, user and
@@ -32,7 +36,7 @@ type Selector struct {
 const maxSelectRules = 4096
 
 func (s Selector) validate() error {
-	if len(s.UIDs)+len(s.GIDs)+len(s.Cgroups)+len(s.Units)+len(s.PIDs) == 0 {
+	if len(s.UIDs)+len(s.GIDs)+len(s.Cgroups)+len(s.Units)+len(s.PIDs)+len(s.Interfaces)+len(s.Sources) == 0 {
 		return errors.New("a selector without any condition")
 	}
 	for _, c := range s.Cgroups {
@@ -130,7 +134,7 @@ func cgroupStmts(names []string, found map[string][]CgroupRef) []nfStmt {
 // then be told apart.
 func (s Spec) wide() bool {
 	return slices.ContainsFunc(s.Contexts, func(c ContextSpec) bool {
-		return c.Mode == ModeGlobal || c.Mode != ModeDisabled && len(c.Select) > 0
+		return c.Mode == ModeGlobal || c.Mode != ModeDisabled && c.Mode != ModeGateway && len(c.Select) > 0
 	})
 }
 
@@ -151,7 +155,7 @@ func checkSelect(s Spec, snap Snapshot) error {
 	n := 0
 	for _, c := range s.Contexts {
 		for _, sel := range slices.Concat(c.Select, c.Exclude) {
-			if n += len(sel.rules(snap.Cgroups)); n > maxSelectRules {
+			if n += max(len(sel.rules(snap.Cgroups)), len(sel.hostRules())); n > maxSelectRules {
 				return fmt.Errorf("%w: the selectors up to context %q expand to more than %d combinations of cgroups, units, users and groups: "+
 					"name a slice above them", ErrConflict, c.Name, maxSelectRules)
 			}
@@ -164,7 +168,7 @@ func checkSelect(s Spec, snap Snapshot) error {
 // order: the first that selects a socket has it. Whoever is excluded from one goes on to the next.
 func (g *guard) selection(out *nfChain) {
 	for _, c := range g.contexts {
-		if c.Mode == ModeGlobal || len(c.Select) == 0 {
+		if c.Mode == ModeGlobal || c.Mode == ModeGateway || len(c.Select) == 0 {
 			continue
 		}
 		ctx := ContextMark(g.spec.Mask, c.Slot)

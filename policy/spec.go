@@ -3,6 +3,7 @@
 package policy
 
 import (
+	"errors"
 	"fmt"
 	"math/bits"
 	"net/netip"
@@ -37,7 +38,7 @@ const (
 	ModeProcess       // the processes in ContextSpec.Cgroups and of ContextSpec.Select
 	ModeCgroup        // the same, by another name
 	ModeGlobal        // everything this network namespace sends itself; one context at most
-	ModeGateway       // what arrives from other hosts
+	ModeGateway       // what arrives from the hosts of ContextSpec.Select, to be forwarded
 )
 
 // String returns the name used in the configuration.
@@ -121,7 +122,7 @@ type ContextSpec struct {
 	// DNSOff leaves port 53 alone (dns.mode off): neither led into the TUN before the direct routes nor redirected on loopback.
 	DNSOff  bool
 	Cgroups []CgroupRef // ModeProcess and ModeCgroup: captured with all their descendants
-	Select  []Selector  // ModeProcess and ModeCgroup: captured beside them, from the next packet on
+	Select  []Selector  // ModeProcess and ModeCgroup: captured beside them, from the next packet on; ModeGateway: whom
 	Exclude []Selector  // in these modes not selected, in ModeGlobal not captured, by this context
 	OnStop  OnEnd
 	OnCrash OnEnd
@@ -196,15 +197,13 @@ func (s Spec) validate() error {
 			return fmt.Errorf("%w: context %q has slot %d: there are %d marks", ErrConflict, c.Name, c.Slot, MaxContexts)
 		case slots[c.Slot], names[c.Name]:
 			return fmt.Errorf("context %q: name or slot %d is used twice", c.Name, c.Slot)
-		case c.Mode == ModeGateway:
-			return fmt.Errorf("%w: context %q: mode gateway is not supported yet", ErrFeature, c.Name)
 		case c.DNSPort4 == 53 || c.DNSPort6 == 53:
 			return fmt.Errorf("context %q: the DNS listener cannot be on port 53 itself", c.Name)
 		case !c.Addr4.Is4() || !c.Addr6.Is6():
 			return fmt.Errorf("context %q: device addresses %s, %s", c.Name, c.Addr4, c.Addr6)
 		}
 		for _, sel := range slices.Concat(c.Select, c.Exclude) {
-			if err := sel.validate(); err != nil {
+			if err := errors.Join(sel.validate(), c.validateGateway(sel)); err != nil {
 				return fmt.Errorf("context %q: %w", c.Name, err)
 			}
 		}

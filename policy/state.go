@@ -145,7 +145,7 @@ func ownCgroup(p string) bool {
 func ownSysctl(key string) bool {
 	dev, ok := strings.CutPrefix(key, "net/ipv4/conf/")
 	if !ok {
-		return key == "net/ipv4/tcp_fwmark_accept"
+		return key == "net/ipv4/tcp_fwmark_accept" || key == sysctlForward4 || key == sysctlForward6
 	}
 	dev, ok = strings.CutSuffix(dev, "/src_valid_mark")
 	return ok && dev != "" && dev != "." && dev != ".." && !strings.Contains(dev, "/")
