@@ -49,7 +49,14 @@ func orEmpty[T any](list []T) []T {
 	return list
 }
 
-func getStatus(c *call) (any, error) { return c.visible(), nil }
+func getStatus(c *call) (any, error) {
+	st := c.visible()
+	st.Upstreams = slices.Clone(st.Upstreams)
+	for i := range st.Upstreams {
+		st.Upstreams[i].State = ""
+	}
+	return st, nil
+}
 
 func getContexts(c *call) (any, error) { return c.visible().Contexts, nil }
 

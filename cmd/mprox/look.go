@@ -86,13 +86,17 @@ func contextTable(list []client.ContextStatus) *table {
 }
 
 func upstreamTable(list []client.UpstreamStatus) *table {
-	t := &table{head: []string{"UPSTREAM", "STATE", "UP", "LATENCY", "ACTIVE", "TOTAL", "ERRORS", "UDP", "IPV6", "NAMES", "URL"}}
+	t := &table{head: []string{"UPSTREAM", "UP", "LATENCY", "ACTIVE", "TOTAL", "ERRORS", "UDP", "IPV6", "NAMES", "URL"}}
 	for _, u := range list {
 		latency := cell{text: "-", right: true}
 		if u.LatencySeconds > 0 {
 			latency.text = span(u.LatencySeconds)
 		}
-		t.add(text(u.Name), orDash(u.State), yesNo(u.Up), latency, number(u.Active), number(u.Total), number(u.Errors),
+		up := yesNo(u.Up)
+		if u.State != "" && u.State != "enabled" {
+			up.text += ", " + u.State
+		}
+		t.add(text(u.Name), up, latency, number(u.Active), number(u.Total), number(u.Errors),
 			text(u.UDP), text(u.IPv6), text(u.RemoteDNS), text(u.URL))
 	}
 	return t

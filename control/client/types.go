@@ -42,9 +42,10 @@ type ContextStatus struct {
 
 // UpstreamStatus is one upstream: whether it works, how fast, and what it has been found to carry.
 type UpstreamStatus struct {
-	Name           string  `json:"name"`
-	URL            string  `json:"url"`   // secrets print as ***
-	State          string  `json:"state"` // enabled, draining or disabled: what the operator has decided
+	Name string `json:"name"`
+	URL  string `json:"url"` // secrets print as ***
+	// State is what the operator has decided: enabled, draining or disabled. GET /v1/upstreams has it; status, whose fields are fixed, not.
+	State          string  `json:"state,omitempty"`
 	Up             bool    `json:"up"`
 	LatencySeconds float64 `json:"latency_seconds"` // 0 when not measured yet
 	Active         uint64  `json:"active"`
