@@ -4,6 +4,8 @@ package e2e
 
 import (
 	"fmt"
+	"os"
+	"os/exec"
 	"strings"
 	"syscall"
 	"testing"
@@ -85,5 +87,74 @@ func TestExcludeUser(t *testing.T) {
 				t.Errorf("user %d, v6 %v: want proxied %v, got %v", uid, v6, proxied, r)
 			}
 		}
+	}
+}
+
+// host is a machine behind the client, which is its router.
+type host struct {
+	l   *lab.Lab
+	pid int
+}
+
+func newHost(t *testing.T, l *lab.Lab, dev, net4, net6 string) host {
+	t.Helper()
+	p := lab.Start(t, "host", exec.Command("unshare", "-n", "sleep", "1000"))
+	h := host{l: l, pid: p.PID()}
+	own, err := os.Readlink("/proc/self/ns/net")
+	if err != nil {
+		t.Fatal(err)
+	}
+	lab.Eventually(t, 5*time.Second, "a namespace", func() bool {
+		ns, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/net", h.pid))
+		return err == nil && ns != own
+	})
+	l.Client.Run(t, "ip", "link", "add", dev, "type", "veth", "peer", "name", "e0", "netns", fmt.Sprint(h.pid))
+	l.Client.Run(t, "sh", "-ec", fmt.Sprintf("ip link set %[1]s up; ip addr add %[2]s.1/24 dev %[1]s; ip addr add %[3]s::1/64 dev %[1]s nodad", dev, net4, net6))
+	if r := h.run(t, "sh", "-ec", fmt.Sprintf("ip link set lo up; ip link set e0 up; ip addr add %[1]s.2/24 dev e0; ip addr add %[2]s::2/64 dev e0 nodad; "+
+		"ip route add default via %[1]s.1; ip -6 route add default via %[2]s::1", net4, net6)); r.Code != 0 {
+		t.Fatal(r)
+	}
+	return h
+}
+
+func (h host) run(t *testing.T, args ...string) lab.Result {
+	t.Helper()
+	return lab.Exec(t, exec.Command("nsenter", append([]string{"--net", "-t", fmt.Sprint(h.pid)}, args...)...))
+}
+
+// TestGateway puts two hosts behind the client: what they send goes through the proxy, DNS too, and nothing once the daemon is dead.
+func TestGateway(t *testing.T) {
+	t.Parallel()
+	l := lab.New(t, lab.Options{})
+	s := l.Dante(t, 1080, true)
+	hosts := []host{newHost(t, l, "g1", "192.168.50", "fd50"), newHost(t, l, "g2", "192.168.60", "fd60")}
+	cp := l.Capture(t)
+	m := l.Mprox(t)
+	m.UpConfig(fmt.Sprintf(`{ "upstreams": { "p": { "url": %q } }, "contexts": { "lan": { "mode": "gateway", "default": "p",
+		"select": [ { "interface": "g1" }, { "source_cidr": ["192.168.60.0/24", "fd60::/64"] } ] } } }`, s.URL()))
+	for i, h := range hosts {
+		for _, v6 := range []bool{false, true} {
+			if r := h.run(t, "curl", "-sS", "-m", "10", originURL(v6, "/")); r.Code != 0 || !fromProxy(r.Stdout) {
+				t.Errorf("host %d, v6 %v: %v", i, v6, r)
+			}
+		}
+		if r := h.run(t, "dig", "+short", "+tries=1", "@"+lab.LANV4.String(), "www.example.test"); !strings.HasPrefix(r.Stdout, "198.1") {
+			t.Errorf("host %d, DNS: %v", i, r)
+		}
+	}
+	if out := mustCurl(t, l, originURL(false, "/")); fromProxy(out) {
+		t.Errorf("the gateway itself is captured: %q", out)
+	}
+	cp.Reset()
+	m.Signal(syscall.SIGKILL)
+	m.Wait(5 * time.Second)
+	for i, h := range hosts {
+		if r := h.run(t, "curl", "-sS", "-m", "2", originURL(false, "/")); r.Code == 0 {
+			t.Errorf("host %d, killed: %v", i, r)
+		}
+	}
+	upstreamOnly(s).Check(t, cp.Packets())
+	if r := m.CLI("down"); r.Code != 0 {
+		t.Error(r)
 	}
 }

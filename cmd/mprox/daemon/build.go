@@ -60,7 +60,6 @@ func supported(cfg *config.Config, name string) error {
 			errs = append(errs, &routing.PathError{Path: path + "." + key, Err: flow.ErrNotSupported})
 		}
 	}
-	refuse(c.Mode == "gateway", "mode")
 	_, err := buildSelection(cfg, name)
 	errs = append(errs, err)
 	refuse(c.Existing == "reset", "existing")

@@ -4,6 +4,7 @@ package daemon
 
 import (
 	"errors"
+	"net/netip"
 	"reflect"
 	"strings"
 	"testing"
@@ -77,7 +78,6 @@ func TestCheckSaysWhere(t *testing.T) {
 
 func TestCheckRefusesKeysWithoutCode(t *testing.T) {
 	for _, tt := range []struct{ name, context, path string }{
-		{"gateway", `"mode": "gateway"`, "$.contexts.default.mode"},
 		{"exe", `"mode": "process", "select": [ { "uid": 1000 }, { "exe": "/usr/bin/ssh", "uid": 0 } ]`, "$.contexts.default.select[1].exe"},
 		{"scope", `"mode": "process", "select": { "pid": 4242, "scope": "current" }`, "$.contexts.default.select[0].scope"},
 		{"exclude", `"exclude": { "exe": "/usr/sbin/sshd" }`, "$.contexts.default.exclude[0].exe"},
@@ -228,6 +228,12 @@ func TestSelection(t *testing.T) {
 		{"nobody", `"mode": "cgroup", "select": { "user": "root", "uid": 7 }`, selection{}, "nobody would match"},
 		{"pid", `"mode": "process", "select": { "pid": [42, 43] }`, selection{chosen: []policy.Selector{{PIDs: []int{42, 43}}}}, ""},
 		{"everybody", `"exclude": { "pid": 1 }`, selection{}, "mode global"},
+		{
+			"gateway", `"mode": "gateway", "select": { "interface": "eth1", "source_cidr": "192.168.50.0/24" }`,
+			selection{chosen: []policy.Selector{{Interfaces: []string{"eth1"}, Sources: []netip.Prefix{netip.MustParsePrefix("192.168.50.0/24")}}}},
+			"",
+		},
+		{"gateway of nobody", `"mode": "gateway"`, selection{}, "select is missing"},
 		{"unknown user", `"mode": "cgroup", "select": { "user": ["root", "no-such-user"] }`, selection{}, "select[0].user[1]"},
 		{"bad unit", `"mode": "cgroup", "exclude": { "unit": "a/b" }`, selection{}, "exclude[0].unit[0]"},
 	} {
@@ -244,7 +250,7 @@ func TestSelection(t *testing.T) {
 				t.Fatal(err)
 			}
 			got, err := buildSelection(cfg, "default")
-			if diff := cmp.Diff(tt.want, got, cmp.AllowUnexported(selection{}), cmpopts.EquateEmpty()); diff != "" || err != nil {
+			if diff := cmp.Diff(tt.want, got, cmp.AllowUnexported(selection{}), cmpopts.EquateComparable(netip.Prefix{}), cmpopts.EquateEmpty()); diff != "" || err != nil {
 				t.Errorf("%v\n%s", err, diff)
 			}
 		})

@@ -35,6 +35,9 @@ func buildSelection(cfg *config.Config, name string) (selection, error) {
 		return sels
 	}
 	out.chosen, out.excluded = build("select", c.Select), build("exclude", c.Exclude)
+	if c.Mode == "gateway" && len(c.Select) == 0 {
+		errs = append(errs, &routing.PathError{Path: path, Err: errors.New("select is missing: mode gateway captures whom it names by interface or source_cidr")})
+	}
 	if c.Mode == "global" {
 		out.chosen = nil
 	}
@@ -50,12 +53,13 @@ func buildSelector(path string, s config.Selector) (policy.Selector, error) {
 	for _, k := range []struct {
 		key   string
 		given bool
-	}{{"scope", len(s.PID) > 0 && s.Scope != "tree"}, {"exe", len(s.Exe) > 0}, {"interface", len(s.Interface) > 0}, {"source_cidr", len(s.SourceCIDR) > 0}} {
+	}{{"scope", len(s.PID) > 0 && s.Scope != "tree"}, {"exe", len(s.Exe) > 0}} {
 		if k.given {
 			refuse(k.key, flow.ErrNotSupported)
 		}
 	}
 	out := policy.Selector{UIDs: slices.Clone(s.UID), GIDs: slices.Clone(s.GID), Cgroups: slices.Clone(s.Cgroup), Units: slices.Clone(s.Unit), PIDs: slices.Clone(s.PID)}
+	out.Interfaces, out.Sources = slices.Clone(s.Interface), slices.Clone(s.SourceCIDR)
 	if slices.Contains(s.PID, 1) {
 		refuse("pid", errors.New("all processes descend from process 1: that is mode global"))
 	}
