@@ -10,7 +10,7 @@ TOOL    := go tool -modfile=.ci/tools.mod
 PREFIX  ?= /usr/local
 FUZZTIME ?= 20s
 
-.PHONY: build cross demo test unit race e2e fuzz bench lint fmt fmt-check check install clean
+.PHONY: build cross demo test unit race e2e fuzz bench microbench profile lint fmt fmt-check check install clean
 
 build: ## the static binary, ./mprox
 	go build -trimpath -ldflags '$(LDFLAGS)' -o mprox ./cmd/mprox
@@ -37,8 +37,14 @@ e2e: build ## black-box tests in namespaces against real servers (needs root)
 fuzz: ## each fuzz target for FUZZTIME
 	bash .ci/fuzz $(FUZZTIME)
 
-bench:
+bench: ## the engine against what is possible, in namespaces (needs root): table, e2e/bench/results.json; docs/benchmarks.md
+	go run ./e2e/bench $(BENCHFLAGS)
+
+microbench: ## Go benchmarks of the packages
 	go test -run '^$$' -bench . -benchmem $$(go list ./... | grep -v /e2e)
+
+profile: ## CPU and allocation profiles of the engine under each load, into ./dist/profile (needs root)
+	go run ./e2e/bench -profile dist/profile $(BENCHFLAGS)
 
 lint:
 	CGO_ENABLED=0 $(TOOL) golangci-lint run ./...
