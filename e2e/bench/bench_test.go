@@ -53,10 +53,10 @@ func TestVerdicts(t *testing.T) {
 		got[v[0]] = v[len(v)-1]
 	}
 	for what, want := range map[string]string{
-		"tcp-up-1: CPU":                                   "aim", // .45 of .50
-		"tcp-up-1: CPU against the copying floor":         "aim", // 1.125 of 1.2
-		"tcp-up-1: throughput against REDIRECT + splice":  "yes", // .9 of .85 and 1
-		"tcp-down-1: CPU":                                 "",
+		"tcp-up-1: CPU": "aim", // .45 of .50
+		"tcp-up-1: CPU against the copying floor":        "aim", // 1.125 of 1.2
+		"tcp-up-1: throughput against REDIRECT + splice": "yes", // .9 of .85 and 1
+		"tcp-down-1: CPU": "",
 		"udp-64: echoes against the upstream alone":       "",
 		"tcp-up-1: CPU against the copying floor, absent": "",
 	} {

@@ -36,6 +36,7 @@ type row struct {
 	value    func(loadResult) float64
 	per      func(loadResult) float64 // what the CPU is divided by
 	scale    float64                  // of the CPU
+	atLeast  float64                  // seconds
 	special  func(context.Context, *lab, *subject, *report) error
 }
 
@@ -73,7 +74,7 @@ func rows() []row {
 		row{name: "first-byte", unit: "µs p50", costUnit: "µs/conn", spec: loadSpec{Kind: kindFirst}, value: p50, per: count, scale: 1e6},
 		row{name: "request-response", unit: "µs p50", costUnit: "µs/request", spec: loadSpec{Kind: kindRR}, value: p50, per: count, scale: 1e6},
 		// The least of 64 connections against their mean.
-		row{name: "fairness", unit: "× of mean", costUnit: "CPU-s/GB", spec: loadSpec{Kind: kindDown, Streams: 64}, value: leastOfMean, per: gbytes, scale: 1},
+		row{name: "fairness", unit: "× of mean", costUnit: "CPU-s/GB", spec: loadSpec{Kind: kindDown, Streams: 64}, value: leastOfMean, per: gbytes, scale: 1, atLeast: 4},
 		row{name: "start", unit: "ms", special: startToFirstByte},
 		row{name: "memory", special: memory},
 	)
@@ -141,7 +142,7 @@ func (l *lab) once(ctx context.Context, r *row, s *subject, rep *report) error {
 		return context.Cause(ctx)
 	}
 	spec := r.spec
-	spec.Seconds = l.o.seconds
+	spec.Seconds = max(l.o.seconds, r.atLeast)
 	before, err := s.cpu()
 	if err != nil {
 		return err
