@@ -41,9 +41,9 @@ func Check(cfg *config.Config) []*config.Error {
 	errs := locate(cfg, err)
 	errs = append(errs, locate(cfg, supportedElsewhere(cfg))...)
 	for _, name := range slices.Sorted(maps.Keys(cfg.Contexts)) {
-		_, err := dns.New(buildDNS(cfg, name, ups, nil, dnsEnv{log: zap.NewNop()}))
+		_, err := dns.New(buildDNS(cfg, name, ups, plain, dnsEnv{log: zap.NewNop()}))
 		errs = append(errs, locate(cfg, atDNS(name, err))...)
-		_, err = buildRules(cfg, name, ups, nil)
+		_, err = buildRules(cfg, name, ups, plain)
 		errs = append(errs, locate(cfg, err)...)
 		errs = append(errs, locate(cfg, supported(cfg, name))...)
 	}
@@ -269,21 +269,27 @@ func (u *upstreams) unchangedPool(name string, next *upstreams, members []flow.D
 	return u.dialers[name]
 }
 
-// find returns the dialer of a name, or nil for an action such as reject.
-func (u *upstreams) find(name string, names flow.Names) flow.Dialer {
+// view is an upstream as one context sees it: with the context's DNS behind those that take no names.
+type view func(flow.Dialer) flow.Dialer
+
+// plain is the view of nobody: to check, and to explain.
+func plain(d flow.Dialer) flow.Dialer { return d }
+
+// find returns the dialer of a name as a context sees it, or nil for an action such as reject.
+func (u *upstreams) find(name string, see view) flow.Dialer {
 	d, ok := u.dialers[name]
 	if !ok {
 		return nil
 	}
-	return dialers.WithNames(d, names)
+	return see(d)
 }
 
-// buildRules compiles a context's rules. names resolves for upstreams that take no names; nil only to check.
-func buildRules(cfg *config.Config, name string, u *upstreams, names flow.Names) (*routing.Table, error) {
+// buildRules compiles a context's rules.
+func buildRules(cfg *config.Config, name string, u *upstreams, see view) (*routing.Table, error) {
 	c := cfg.Contexts[name]
 	byName := make(map[string]flow.Dialer, len(u.dialers))
 	for k := range u.dialers {
-		byName[k] = u.find(k, names)
+		byName[k] = u.find(k, see)
 	}
 	in := routing.Input{
 		Context: name, Default: c.Default, DNS: c.DNS.Mode != "off", Upstreams: byName, Actions: u.actions,
@@ -331,9 +337,8 @@ type dnsEnv struct {
 	log      *zap.Logger
 }
 
-// buildDNS returns the configuration of a context's DNS module. names resolves the servers' own names for upstreams that take none; nil
-// only to check.
-func buildDNS(cfg *config.Config, name string, u *upstreams, names flow.Names, env dnsEnv) dns.Config {
+// buildDNS returns the configuration of a context's DNS module.
+func buildDNS(cfg *config.Config, name string, u *upstreams, see view, env dnsEnv) dns.Config {
 	c := cfg.Contexts[name].DNS
 	d := dns.Config{
 		Context: name, Mode: dnsMode(c.Mode), Servers: c.Servers, Hosts: c.Hosts,
@@ -341,11 +346,11 @@ func buildDNS(cfg *config.Config, name string, u *upstreams, names flow.Names, e
 		Cache: cache(c.Cache),
 		Log:   env.log,
 	}
-	d.Via = u.find(cmp.Or(c.Via, cfg.Contexts[name].Default), names)
+	d.Via = u.find(cmp.Or(c.Via, cfg.Contexts[name].Default), see)
 	for _, r := range c.Rules {
 		rule := dns.Rule{Domain: r.Domain, DomainSuffix: r.DomainSuffix, Servers: r.Servers, Block: r.Action == "block"}
 		if r.Via != "" {
-			rule.Via = u.find(r.Via, names)
+			rule.Via = u.find(r.Via, see)
 		}
 		d.Rules = append(d.Rules, rule)
 	}

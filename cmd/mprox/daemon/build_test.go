@@ -7,11 +7,13 @@ import (
 	"net/netip"
 	"reflect"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
+	"go.uber.org/zap"
 
 	"github.com/mutex-proxy/mutex/config"
 	"github.com/mutex-proxy/mutex/dialers"
@@ -254,5 +256,43 @@ func TestSelection(t *testing.T) {
 				t.Errorf("%v\n%s", err, diff)
 			}
 		})
+	}
+}
+
+// Flow tells associations apart by the dialer: one that changes with a reload would give an application's socket another mapped port.
+func TestReloadKeepsTheContextsViewOfUpstreams(t *testing.T) {
+	cfg, err := config.Parse("test.json", []byte(`{
+		"upstreams": { "a": { "url": "socks5://192.0.2.1" }, "b": { "url": "socks5h://192.0.2.2" } },
+		"pools": { "p": { "members": ["a", "b"] } },
+		"contexts": { "default": { "default": "p", "dns": { "servers": "tcp://192.0.2.53" } } } }`), Check)
+	if err != nil {
+		t.Fatal(err)
+	}
+	net := dialers.NewNet(dialers.NetConfig{})
+	old, err := buildUpstreams(cfg, net, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	env := contextEnv{net: net, ids: new(atomic.Uint64), log: zap.NewNop()}
+	c, err := newContext(cfg, defaultContext, 0, old, env)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(c.close)
+	same, err := buildUpstreams(cfg, net, old)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ch, err := c.change(cfg, same, env)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(ch.views) == 0 {
+		t.Fatal("the context sees no upstream")
+	}
+	for d, v := range ch.views {
+		if c.views[d] != v {
+			t.Errorf("%s: a new view of an upstream that has not changed", d.Name())
+		}
 	}
 }

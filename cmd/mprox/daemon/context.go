@@ -50,6 +50,7 @@ type liveContext struct {
 	who   selection
 	ups   *upstreams
 	rules atomic.Pointer[routing.Table]
+	views map[flow.Dialer]flow.Dialer // the upstreams in use, as this context sees them
 
 	device  *tun.Device
 	gone    bool // the device is about to go: the kernel is told first, or it would be seen as a fault and repaired
@@ -75,7 +76,7 @@ func newContext(cfg *config.Config, name string, slot int, ups *upstreams, env c
 	c := &liveContext{name: name, slot: slot, cfg: cfg.Contexts[name], ups: ups, net: env.net}
 	c.log = env.log.With(zap.String("context", name))
 	// First without servers: an upstream that takes no names resolves a server's name through the module that is to ask it.
-	base := buildDNS(cfg, name, ups, nil, dnsEnv{stateDir: env.stateDir, log: env.log})
+	base := buildDNS(cfg, name, ups, plain, dnsEnv{stateDir: env.stateDir, log: env.log})
 	base.Servers, base.Rules = nil, nil
 	var err error
 	if c.names, err = dns.New(base); err != nil {
@@ -93,6 +94,7 @@ func newContext(cfg *config.Config, name string, slot int, ups *upstreams, env c
 		Context: name, Table: c.table, Names: c.names, Tuning: tuning(c.cfg), Log: c.log,
 	})
 	ch.commitDNS()
+	c.views = ch.views
 	c.setRules(ch.rules)
 	return c, nil
 }

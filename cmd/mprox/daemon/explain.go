@@ -29,7 +29,7 @@ func Explain(cfg *config.Config, r control.ExplainRequest) (control.Explanation,
 	if err != nil {
 		return control.Explanation{}, err
 	}
-	rules, err := buildRules(cfg, name, ups, nil)
+	rules, err := buildRules(cfg, name, ups, plain)
 	if err != nil {
 		return control.Explanation{}, config.Errors(locate(cfg, err))
 	}

@@ -11,6 +11,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/mutex-proxy/mutex/config"
+	"github.com/mutex-proxy/mutex/dialers"
 	"github.com/mutex-proxy/mutex/flow"
 	"github.com/mutex-proxy/mutex/policy"
 	"github.com/mutex-proxy/mutex/routing"
@@ -107,6 +108,20 @@ type contextChange struct {
 	who, was  selection
 	rules     *routing.Table
 	commitDNS func()
+	views     map[flow.Dialer]flow.Dialer
+}
+
+// see gives the context its view of an upstream: the one it has, for an upstream that stays. A new one would make flow open new associations
+// for sockets that have one, and their mapping would change in the middle of a conversation.
+func (ch *contextChange) see(d flow.Dialer) flow.Dialer {
+	if _, seen := ch.views[d]; !seen {
+		v, kept := ch.c.views[d]
+		if !kept {
+			v = dialers.WithNames(d, ch.c.names)
+		}
+		ch.views[d] = v
+	}
+	return ch.views[d]
 }
 
 // next builds the contexts of a new configuration beside the old. It opens nothing.
@@ -159,17 +174,17 @@ func freeSlot(used map[int]bool) (int, error) {
 
 // change builds what the context gets under a new configuration.
 func (c *liveContext) change(cfg *config.Config, ups *upstreams, env contextEnv) (contextChange, error) {
-	ch := contextChange{c: c, cfg: cfg.Contexts[c.name], old: c.cfg, was: c.who}
+	ch := contextChange{c: c, cfg: cfg.Contexts[c.name], old: c.cfg, was: c.who, views: make(map[flow.Dialer]flow.Dialer)}
 	var err error
 	if ch.who, err = buildSelection(cfg, c.name); err != nil {
 		return ch, err
 	}
-	commit, err := c.names.Prepare(buildDNS(cfg, c.name, ups, c.names, dnsEnv{stateDir: env.stateDir, log: env.log}))
+	commit, err := c.names.Prepare(buildDNS(cfg, c.name, ups, ch.see, dnsEnv{stateDir: env.stateDir, log: env.log}))
 	if err != nil {
 		return ch, err
 	}
 	ch.commitDNS = commit
-	ch.rules, err = buildRules(cfg, c.name, ups, c.names)
+	ch.rules, err = buildRules(cfg, c.name, ups, ch.see)
 	return ch, err
 }
 
@@ -195,6 +210,7 @@ func (n *generation) apply(ctx context.Context) (err error) {
 	}
 	for _, ch := range n.changed {
 		ch.commitDNS()
+		ch.c.views = ch.views
 		ch.c.table.SetMaxFlows(ch.cfg.Limits.Flows)
 		ch.c.handler.Tune(tuning(ch.cfg))
 		ch.c.setRules(ch.rules)
