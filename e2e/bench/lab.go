@@ -62,6 +62,7 @@ type subject struct {
 
 func newLab(ctx context.Context, o options) (*lab, error) {
 	l := &lab{o: o, port: socksPort, far: fmt.Sprintf("mpb%d-far", os.Getpid())}
+	sweep()
 	var err error
 	if l.dir, err = os.MkdirTemp("", "mpb"); err != nil {
 		return l, err
@@ -113,7 +114,7 @@ func (l *lab) startFar() error {
 	case "mprox":
 		args = []string{l.o.binary, "serve", "--log-level", "error", "--listen", fmt.Sprintf("%s:%d", proxyV4, socksPort)}
 	case "microsocks":
-		args = []string{"microsocks", "-q", "-i", proxyV4, "-p", strconv.Itoa(socksPort)}
+		args = []string{"microsocks", "-i", proxyV4, "-p", strconv.Itoa(socksPort)}
 	case "danted":
 		file := filepath.Join(l.dir, "danted.conf")
 		conf := fmt.Sprintf("logoutput: /dev/null\ninternal: %s port = %d\nexternal: %s\nexternal: %s\nclientmethod: none\nsocksmethod: none\n"+
@@ -359,6 +360,24 @@ func (l *lab) close() {
 	}
 	if l.dir != "" {
 		_ = os.RemoveAll(l.dir)
+	}
+}
+
+// sweep removes what runs that were killed have left: namespaces that carry the pid of a process that no longer lives.
+func sweep() {
+	entries, _ := os.ReadDir("/run/netns")
+	for _, e := range entries {
+		var pid int
+		if n, err := fmt.Sscanf(e.Name(), "mpb%d-", &pid); n != 1 || err != nil || syscall.Kill(pid, 0) == nil {
+			continue
+		}
+		out, _ := exec.Command("ip", "netns", "pids", e.Name()).Output()
+		for f := range strings.FieldsSeq(string(out)) {
+			if p, err := strconv.Atoi(f); err == nil && p > 1 {
+				_ = syscall.Kill(p, syscall.SIGKILL)
+			}
+		}
+		_ = exec.Command("ip", "netns", "del", e.Name()).Run()
 	}
 }
 

@@ -80,7 +80,8 @@ func against(row, base string) func(*report) (float64, bool) {
 		if a == nil || b == nil {
 			return 0, false
 		}
-		return ratio(a.Value, b.Value), true
+		x := ratio(a.Value, b.Value)
+		return x, x > 0
 	}
 }
 
