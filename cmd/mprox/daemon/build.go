@@ -41,7 +41,7 @@ func Check(cfg *config.Config) []*config.Error {
 	errs := locate(cfg, err)
 	errs = append(errs, locate(cfg, supportedElsewhere(cfg))...)
 	for _, name := range slices.Sorted(maps.Keys(cfg.Contexts)) {
-		_, err := dns.New(buildDNS(cfg, name, ups, plain, dnsEnv{log: zap.NewNop()}))
+		_, err := dns.New(buildDNS(cfg, name, ups, plain, contextEnv{log: zap.NewNop()}))
 		errs = append(errs, locate(cfg, atDNS(name, err))...)
 		_, err = buildRules(cfg, name, ups, plain)
 		errs = append(errs, locate(cfg, err)...)
@@ -331,14 +331,8 @@ func portRanges(ps []config.PortRange) []routing.PortRange {
 	return out
 }
 
-// dnsEnv is what a context's DNS needs beside its configuration.
-type dnsEnv struct {
-	stateDir string // "" = fake IPs are kept in memory only
-	log      *zap.Logger
-}
-
 // buildDNS returns the configuration of a context's DNS module.
-func buildDNS(cfg *config.Config, name string, u *upstreams, see view, env dnsEnv) dns.Config {
+func buildDNS(cfg *config.Config, name string, u *upstreams, see view, env contextEnv) dns.Config {
 	c := cfg.Contexts[name].DNS
 	d := dns.Config{
 		Context: name, Mode: dnsMode(c.Mode), Servers: c.Servers, Hosts: c.Hosts,

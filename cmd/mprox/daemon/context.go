@@ -76,7 +76,7 @@ func newContext(cfg *config.Config, name string, slot int, ups *upstreams, env c
 	c := &liveContext{name: name, slot: slot, cfg: cfg.Contexts[name], ups: ups, net: env.net}
 	c.log = env.log.With(zap.String("context", name))
 	// First without servers: an upstream that takes no names resolves a server's name through the module that is to ask it.
-	base := buildDNS(cfg, name, ups, plain, dnsEnv{stateDir: env.stateDir, log: env.log})
+	base := buildDNS(cfg, name, ups, plain, env)
 	base.Servers, base.Rules = nil, nil
 	var err error
 	if c.names, err = dns.New(base); err != nil {

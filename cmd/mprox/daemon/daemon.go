@@ -85,8 +85,8 @@ func New(opt Options) *Daemon {
 	}
 }
 
-// Run starts the daemon, calls ready when it captures, and stops it, undoing what it did, when ctx ends or Stop is called. started gets
-// what went wrong on the way up; nothing is left in the kernel then.
+// Run starts the daemon, calls ready when it captures, and stops it, undoing what it did, when ctx ends or Stop is called. When
+// it cannot start it undoes what it has done and returns why.
 func (d *Daemon) Run(ctx context.Context, ready func()) (err error) {
 	defer context.AfterFunc(ctx, d.stop)()
 	defer d.stop()

@@ -179,7 +179,7 @@ func (c *liveContext) change(cfg *config.Config, ups *upstreams, env contextEnv)
 	if ch.who, err = buildSelection(cfg, c.name); err != nil {
 		return ch, err
 	}
-	commit, err := c.names.Prepare(buildDNS(cfg, c.name, ups, ch.see, dnsEnv{stateDir: env.stateDir, log: env.log}))
+	commit, err := c.names.Prepare(buildDNS(cfg, c.name, ups, ch.see, env))
 	if err != nil {
 		return ch, err
 	}

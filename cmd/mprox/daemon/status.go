@@ -61,8 +61,8 @@ func (d *Daemon) upstreamStatus() []control.UpstreamStatus {
 		}
 		seen[u] = true
 		for _, name := range slices.Sorted(maps.Keys(u.dialers)) {
-			if st, ok := u.dialers[name].(interface{ Status() dialers.Status }); ok && u.listed(name) {
-				out = append(out, upstreamStatus(st.Status()))
+			if u.listed(name) {
+				out = append(out, upstreamStatus(dialers.StatusOf(u.dialers[name])))
 			}
 		}
 	}
@@ -76,7 +76,7 @@ func (d *Daemon) upstreamStatus() []control.UpstreamStatus {
 	return out
 }
 
-// listed says whether an upstream is shown: direct only if something refers to it by a configuration of its own or has used it.
+// listed says whether an upstream is shown: the built-in direct only if the configuration has an upstream of that name.
 func (u *upstreams) listed(name string) bool {
 	if name != direct {
 		return true
