@@ -44,8 +44,9 @@ var imports = map[string][]string{
 	"cmd/mprox/daemon":    {"..."},
 	"cmd/mprox/demo":      {"..."},
 	"e2e":                 {"control/client", "e2e/lab"},
-	"e2e/lab":             {"control/client"},
-	"e2e/bench":           {"control/client", "e2e/lab"},
+	"e2e/delay":           {},
+	"e2e/lab":             {"control/client", "e2e/delay"},
+	"e2e/bench":           {"control/client", "e2e/delay", "e2e/lab"},
 }
 
 // TestImportRule compares `go list` with the table.

@@ -8,7 +8,7 @@ set -euo pipefail
 
 packages=(
   ca-certificates curl dante-server dnsutils iperf3 iproute2 iputils-ping knot-dnsutils microsocks nftables openssh-client
-  openssh-server openssl procps python3 socat squid tcpdump tinyproxy unbound util-linux
+  openssh-server openssl procps proxychains4 python3 socat squid tcpdump tinyproxy unbound util-linux
 )
 # dnsutils is a transitional package on newer releases: the programs count, not the name.
 satisfied() {

@@ -143,3 +143,15 @@ func TestSelected(t *testing.T) {
 		t.Error("an empty list is everything")
 	}
 }
+
+func TestParseIperf(t *testing.T) {
+	r, err := parseIperf([]byte(`{"end":{"streams":[{"receiver":{"bytes":10}},{"receiver":{"bytes":30}}],"sum_received":{"bytes":40,"seconds":2}}}`))
+	if err != nil || r.Bytes != 40 || r.Seconds != 2 || len(r.Streams) != 2 || r.Streams[1] != 30 {
+		t.Errorf("%+v %v", r, err)
+	}
+	for _, bad := range []string{"", "{}", `{"error":"unable to connect"}`} {
+		if r, err := parseIperf([]byte(bad)); err == nil {
+			t.Errorf("%q: %+v", bad, r)
+		}
+	}
+}

@@ -16,6 +16,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/mutex-proxy/mutex/e2e/delay"
 )
 
 // The network: every subject has a client namespace of its own, so that all are up at the same time and can be measured in turns.
@@ -43,7 +45,8 @@ type lab struct {
 	o        options
 	self     string // this program
 	dir      string
-	names    []string // of namespaces
+	link     delay.Link // between clients and server; zero = veth
+	names    []string   // of namespaces
 	far      string
 	cc       string // congestion control
 	port     int    // of the SOCKS5 server that engines use
@@ -60,8 +63,8 @@ type subject struct {
 	proc  *process
 }
 
-func newLab(ctx context.Context, o options) (*lab, error) {
-	l := &lab{o: o, port: socksPort, far: fmt.Sprintf("mpb%d-far", os.Getpid())}
+func newLab(ctx context.Context, o options, link delay.Link) (*lab, error) {
+	l := &lab{o: o, link: link, port: socksPort, far: fmt.Sprintf("mpb%d-far", os.Getpid())}
 	sweep()
 	var err error
 	if l.dir, err = os.MkdirTemp("", "mpb"); err != nil {
@@ -109,6 +112,9 @@ func (l *lab) startFar() error {
 		return err
 	}
 	l.servers = append(l.servers, p)
+	if err := l.startIperf(); err != nil {
+		return err
+	}
 	var args []string
 	switch l.o.server {
 	case "mprox":
@@ -130,7 +136,7 @@ func (l *lab) startFar() error {
 		return err
 	}
 	l.servers = append(l.servers, p)
-	for _, port := range []int{portSink, portSource, portEcho, portWho} {
+	for _, port := range []int{portIperf, portEcho, portWho} {
 		if err := l.listening(originV4, port); err != nil {
 			return err
 		}
@@ -196,14 +202,22 @@ func (l *lab) client(ns string, k int) error {
 		return err
 	}
 	dev := fmt.Sprintf("c%d", k)
+	var err error
+	if l.link == (delay.Link{}) {
+		err = ip(ns, "link", "add", "up0", "type", "veth", "peer", "name", dev, "netns", l.far)
+	} else {
+		err = l.join(ns, "up0", dev)
+	}
+	if err != nil {
+		return err
+	}
 	for _, args := range [][]string{
-		{ns, "link", "add", "up0", "type", "veth", "peer", "name", dev, "netns", l.far},
 		{ns, "addr", "add", fmt.Sprintf("192.168.%d.2/24", k), "dev", "up0"},
 		{ns, "addr", "add", fmt.Sprintf("fd00:%d::2/64", k), "dev", "up0", "nodad"},
 		{l.far, "addr", "add", fmt.Sprintf("192.168.%d.1/24", k), "dev", dev},
 		{l.far, "addr", "add", fmt.Sprintf("fd00:%d::1/64", k), "dev", dev, "nodad"},
-		{ns, "link", "set", "up0", "up"},
-		{l.far, "link", "set", dev, "up"},
+		{ns, "link", "set", "up0", "up", "txqueuelen", "10000"},
+		{l.far, "link", "set", dev, "up", "txqueuelen", "10000"},
 		{ns, "route", "add", "default", "via", fmt.Sprintf("192.168.%d.1", k)},
 		{ns, "-6", "route", "add", "default", "via", fmt.Sprintf("fd00:%d::1", k)},
 	} {
@@ -289,7 +303,7 @@ func links(ns string) map[string]bool {
 
 // reaches says whether what a client sends now goes through the SOCKS5 server.
 func (l *lab) reaches(s *subject) bool {
-	r, err := l.load(context.Background(), s, loadSpec{Kind: kindWho, Seconds: 0.2})
+	r, err := l.load(context.Background(), s, loadSpec{Kind: kindWho, Seconds: 0.2 + 10*l.link.Delay.Seconds()})
 	return err == nil && r.Count > 0
 }
 

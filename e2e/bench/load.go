@@ -6,9 +6,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
-	"encoding/binary"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -42,6 +40,7 @@ type loadSpec struct {
 	Seconds     float64 // for how long
 	Size        int     // bytes of a datagram or request
 	Outstanding int     // datagrams of a flow on their way
+	RTT         float64 // of the link to the server, in seconds
 }
 
 // loadResult is what came of it.
@@ -56,8 +55,11 @@ type loadResult struct {
 	Streams []float64 // bytes of each
 }
 
-// load runs a load in the subject's namespace.
+// load runs a load in the subject's namespace: bulk by iperf3, the rest by this program.
 func (l *lab) load(ctx context.Context, s *subject, spec loadSpec) (loadResult, error) {
+	if spec.Kind == kindUp || spec.Kind == kindDown {
+		return l.bulk(ctx, s, spec)
+	}
 	var r loadResult
 	cmd, err := l.loadCommand(s, spec)
 	if err != nil {
@@ -77,7 +79,7 @@ func (l *lab) load(ctx context.Context, s *subject, spec loadSpec) (loadResult, 
 }
 
 func (l *lab) loadCommand(s *subject, spec loadSpec) (*exec.Cmd, error) {
-	spec.SOCKS = s.socks
+	spec.SOCKS, spec.RTT = s.socks, 2*l.link.Delay.Seconds()
 	arg, err := json.Marshal(spec)
 	return inNS(s.ns, l.self, "load", string(arg)), err
 }
@@ -100,8 +102,6 @@ func runLoad(args []string) error {
 	l.origin = originOf(l.V6)
 	var err error
 	switch l.Kind {
-	case kindUp, kindDown:
-		err = l.bulk()
 	case kindUDP:
 		err = l.udp()
 	case kindConns:
@@ -146,81 +146,6 @@ func (l *loader) fail(err error) {
 	defer l.mu.Unlock()
 	l.results.Errors++
 	l.results.Error = err.Error()
-}
-
-// bulk moves as much as it can. All connections are open before the clock starts; for uploads it stops when the origin has everything.
-func (l *loader) bulk() error {
-	port := uint16(portSink)
-	if l.Kind == kindDown {
-		port = portSource
-	}
-	conns := make([]*net.TCPConn, l.Streams)
-	for i := range conns {
-		c, err := l.dial(port)
-		if err != nil {
-			return err
-		}
-		defer c.Close()
-		conns[i] = c
-	}
-	l.results.Streams = make([]float64, l.Streams)
-	begin := time.Now()
-	end := begin.Add(l.length())
-	var wg sync.WaitGroup
-	for i, c := range conns {
-		wg.Go(func() {
-			move := upload
-			if l.Kind == kindDown {
-				move = download
-			}
-			n, err := move(c, end)
-			if err != nil {
-				l.fail(err)
-			}
-			l.results.Streams[i] = float64(n)
-		})
-	}
-	wg.Wait()
-	l.results.Seconds = time.Since(begin).Seconds()
-	for _, n := range l.results.Streams {
-		l.results.Bytes += uint64(n)
-	}
-	return nil
-}
-
-// drainTimeout is how long what has been sent may take to arrive.
-const drainTimeout = 10 * time.Second
-
-func upload(c *net.TCPConn, end time.Time) (uint64, error) {
-	buf := make([]byte, bulkBuffer)
-	_ = c.SetDeadline(end.Add(drainTimeout))
-	for time.Now().Before(end) {
-		if _, err := c.Write(buf); err != nil {
-			return 0, err
-		}
-	}
-	if err := c.CloseWrite(); err != nil {
-		return 0, err
-	}
-	var total [8]byte
-	_, err := io.ReadFull(c, total[:])
-	return binary.BigEndian.Uint64(total[:]), err
-}
-
-func download(c *net.TCPConn, end time.Time) (uint64, error) {
-	buf := make([]byte, bulkBuffer)
-	total := uint64(0)
-	_ = c.SetReadDeadline(end)
-	for {
-		n, err := c.Read(buf)
-		total += uint64(n)
-		if errors.Is(err, os.ErrDeadlineExceeded) {
-			return total, nil
-		}
-		if err != nil {
-			return total, err
-		}
-	}
 }
 
 // conns opens, uses and closes connections.
@@ -356,14 +281,15 @@ func (l *loader) idle() error {
 // an engine starts, so that none is waited for.
 func (l *loader) who() {
 	begin := time.Now()
+	rtt := time.Duration(l.RTT * float64(time.Second))
 	pace := time.NewTicker(time.Millisecond) // a busy loop would take a core from the engine that starts
 	defer pace.Stop()
 	for end := begin.Add(l.length()); time.Now().Before(end); <-pace.C {
-		c, err := (&net.Dialer{Timeout: 3 * time.Millisecond}).Dial("tcp", netip.AddrPortFrom(l.origin, portWho).String())
+		c, err := (&net.Dialer{Timeout: 3*time.Millisecond + 5*rtt}).Dial("tcp", netip.AddrPortFrom(l.origin, portWho).String())
 		if err != nil {
 			continue
 		}
-		_ = c.SetDeadline(time.Now().Add(50 * time.Millisecond))
+		_ = c.SetDeadline(time.Now().Add(50*time.Millisecond + 5*rtt))
 		name, _ := io.ReadAll(c)
 		c.Close()
 		if a, err := netip.ParseAddr(string(name)); err == nil && !a.IsPrivate() {

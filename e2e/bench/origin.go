@@ -12,24 +12,23 @@ import (
 
 // The origin's ports.
 const (
-	portSink   = 9001 // reads to the end, then says in 8 bytes how much that was
-	portSource = 9002 // sends until nobody listens
-	portEcho   = 9003 // TCP and UDP
-	portWho    = 9004 // says in text who is asking, and closes
+	portEcho  = 9003 // TCP and UDP
+	portWho   = 9004 // says in text who is asking, and closes
+	portIperf = 5201 // iperf3
 )
 
-// bulkBuffer is what the load generator and the origin give to one system call, as iperf3 does.
+// bulkBuffer is what iperf3 gives to one system call.
 const bulkBuffer = 128 << 10
 
 // roles are the programs that this one starts in the namespaces.
 func roles() map[string]func([]string) error {
-	return map[string]func([]string) error{"origin": runOrigin, "load": runLoad, "redirect": runRedirect}
+	return map[string]func([]string) error{"origin": runOrigin, "load": runLoad, "redirect": runRedirect, "link": runLink}
 }
 
 // runOrigin serves until it is killed.
 func runOrigin([]string) error {
 	failed := make(chan error)
-	for port, serve := range map[int]func(*net.TCPConn){portSink: sink, portSource: source, portEcho: echo, portWho: who, idlePort: socksEcho} {
+	for port, serve := range map[int]func(*net.TCPConn){portEcho: echo, portWho: who, idlePort: socksEcho} {
 		l, err := net.Listen("tcp", fmt.Sprintf(":%d", port))
 		if err != nil {
 			return err
@@ -58,28 +57,6 @@ func runOrigin([]string) error {
 		}
 	}
 	return <-failed
-}
-
-func sink(c *net.TCPConn) {
-	buf := make([]byte, bulkBuffer)
-	total := uint64(0)
-	for {
-		n, err := c.Read(buf)
-		total += uint64(n)
-		if err != nil {
-			break
-		}
-	}
-	_, _ = c.Write(binary.BigEndian.AppendUint64(nil, total))
-}
-
-func source(c *net.TCPConn) {
-	buf := make([]byte, bulkBuffer)
-	for {
-		if _, err := c.Write(buf); err != nil {
-			return
-		}
-	}
 }
 
 func echo(c *net.TCPConn) {

@@ -12,6 +12,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/mutex-proxy/mutex/e2e/delay"
 )
 
 // profileOverlay is the source file that is put into the program for profiling, and only then: the product has no profiler to turn on.
@@ -38,13 +40,13 @@ func runProfile(ctx context.Context, o options) error {
 			return err
 		}
 	}
-	l, err := newLab(ctx, o)
+	l, err := newLab(ctx, o, delay.Link{})
 	defer l.close()
 	if err != nil {
 		return err
 	}
 	for _, r := range rows() {
-		if r.special != nil || !selected(o.rows, r.name) {
+		if r.special != nil || r.link != "" || !selected(o.rows, r.name) {
 			continue
 		}
 		if err := l.profileRow(ctx, &r, l.subjects[0]); err != nil {

@@ -32,7 +32,8 @@ type row struct {
 	unit     string
 	costUnit string // of the engine's CPU
 	spec     loadSpec
-	udp      bool // not for the relays that only know TCP
+	link     string // slowLinks; "" = veth
+	udp      bool   // not for the relays that only know TCP
 	value    func(loadResult) float64
 	per      func(loadResult) float64 // what the CPU is divided by
 	scale    float64                  // of the CPU
@@ -69,6 +70,18 @@ func rows() []row {
 			spec: loadSpec{Kind: kindUDP, Streams: 8, Outstanding: 16, Size: size}, value: rate, per: count, scale: 1e6,
 		})
 	}
+	for _, link := range linkNames()[1:] {
+		for _, kind := range []string{kindUp, kindDown} {
+			for _, streams := range []int{1, 8} {
+				all = append(all, row{
+					name: fmt.Sprintf("%s-%s-%d", link, kind, streams), link: link, unit: "Mbit/s", costUnit: "CPU-s/GB",
+					spec:  loadSpec{Kind: kind, Streams: streams},
+					value: func(r loadResult) float64 { return 1000 * gbit(r) }, per: gbytes, scale: 1,
+					atLeast: 8, // the first seconds are slow start
+				})
+			}
+		}
+	}
 	return append(all,
 		row{name: "conns", unit: "k conn/s", costUnit: "µs/conn", spec: loadSpec{Kind: kindConns, Streams: 64}, value: rate, per: count, scale: 1e6},
 		row{name: "first-byte", unit: "µs p50", costUnit: "µs/conn", spec: loadSpec{Kind: kindFirst}, value: p50, per: count, scale: 1e6},
@@ -104,13 +117,10 @@ func (r *row) takes(s *subject) bool {
 	return true
 }
 
-// measure runs the selected rows. In each repetition of a row all subjects have their turn, in another order each time: what changes on the
+// measure runs rows. In each repetition of a row all subjects have their turn, in another order each time: what changes on the
 // machine meanwhile (noise of neighbours, heat) meets all of them.
-func (l *lab) measure(ctx context.Context, rep *report) error {
-	for _, r := range rows() {
-		if !selected(l.o.rows, r.name) {
-			continue
-		}
+func (l *lab) measure(ctx context.Context, wanted []row, rep *report) error {
+	for _, r := range wanted {
 		if r.special != nil {
 			for _, s := range l.subjects {
 				if s.name != subEngine && s.name != subOther && s.name != subPeer {

@@ -40,6 +40,12 @@ func targets() []target {
 			target{what: row + ": echoes against the upstream alone", unit: "×", least: .77, aim: .81, more: true, of: against(row, subUpstream)},
 			target{what: row + ": CPU an echo", unit: "µs", least: 4.5, aim: 3.5, of: engineCost(row)})
 	}
+	for _, link := range linkNames()[1:] {
+		for _, load := range []string{"up-1", "down-1", "up-8", "down-8"} {
+			row := link + "-" + load
+			all = append(all, target{what: row + ": throughput against the upstream alone", unit: "×", least: .9, aim: 1, more: true, of: against(row, subUpstream)})
+		}
+	}
 	return append(all,
 		target{what: "conns: connections against the upstream alone", unit: "×", least: .85, aim: .95, more: true, of: against("conns", subUpstream)},
 		target{what: "conns: CPU a connection", unit: "µs", least: 95, aim: 70, of: engineCost("conns")},
