@@ -169,6 +169,11 @@ func (h *fakeHost) Sockets(context.Context) (Sockets, error) {
 }
 
 func (h *fakeHost) DestroySockets(uint32, uint32) error { return nil }
+
+func (h *fakeHost) ResetSockets(context.Context, Existing) (int, error) { return 0, nil }
+
+func (h *fakeHost) Process(pid int) (ProcessFacts, error) { return ProcessFacts{PID: pid}, nil }
+
 func (h *fakeHost) OpenCgroup(string) (int, error) {
 	return unix.Open("/dev/null", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 }

@@ -42,6 +42,10 @@ type Host interface {
 	Sockets(ctx context.Context) (Sockets, error)
 	// DestroySockets ends the TCP connections whose mark is value within mask, so that the kernel sends nothing more for them.
 	DestroySockets(value, mask uint32) error
+	// ResetSockets ends the connections that e means, and returns how many.
+	ResetSockets(ctx context.Context, e Existing) (int, error)
+	// Process reads what selectors ask of a process; os.ErrNotExist without it.
+	Process(pid int) (ProcessFacts, error)
 	// Listener finds the processes that listen (TCP) at an address of this machine, with their descendants. Empty when
 	// none can be seen.
 	Listener(ctx context.Context, addr netip.AddrPort) ([]Process, error)
