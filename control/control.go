@@ -63,6 +63,12 @@ type (
 	LeaseRequest = client.LeaseRequest
 	// LeaseInfo is what the caller is told of its lease.
 	LeaseInfo = client.Lease
+	// ContextRequest asks for a context.
+	ContextRequest = client.ContextRequest
+	// Capture says which context captures a process.
+	Capture = client.Capture
+	// Verdict is what one context says about a process.
+	Verdict = client.Verdict
 	// Error is an error with a code of the API.
 	Error = client.Error
 )
@@ -94,6 +100,15 @@ type Backend interface {
 	ExchangeDNS(ctx context.Context, contextName string, query []byte) ([]byte, error)
 	// Reload applies the changed configuration and returns when it is in force, or the first reason why it is not.
 	Reload(ctx context.Context) error
+	// AddContext makes a context, RemoveContext ends one, EnableContext switches one on or off. When they return the kernel follows.
+	AddContext(ctx context.Context, r ContextRequest) error
+	RemoveContext(ctx context.Context, name string) error
+	EnableContext(ctx context.Context, name string, on bool) error
+	// Attach adds a selector, in JSON as in the configuration, to a context; Detach takes it away.
+	Attach(ctx context.Context, name string, selector []byte) error
+	Detach(ctx context.Context, name string, selector []byte) error
+	// Whose says which context captures a process. An *Error of code not_found without such a process.
+	Whose(ctx context.Context, pid int) (Capture, error)
 	// Lease makes, or joins, a context for the peer; ctx bounds the making. The server calls Close exactly once, when the connection ends.
 	Lease(ctx context.Context, r LeaseRequest, p Peer) (Lease, error)
 	// Stop begins the daemon's orderly end and returns at once.

@@ -25,10 +25,11 @@ func HandlerAs(s *Server, trusted bool) http.Handler {
 
 // Names for the tests of package control_test.
 var (
-	DecodeLease = decodeLease
-	Routes      = (*Server).routes
-	OpenAPI     = openAPI
-	GroupID     = groupID
+	DecodeLease   = decodeLease
+	DecodeContext = decodeContext
+	Routes        = (*Server).routes
+	OpenAPI       = openAPI
+	GroupID       = groupID
 )
 
 // RouteOf returns what a test may know of a route.

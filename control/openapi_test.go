@@ -66,6 +66,7 @@ func TestTypesAndDescriptionAgree(t *testing.T) {
 		"App": client.App{}, "Explanation": client.Explanation{}, "Condition": client.Condition{}, "KernelPath": client.KernelPath{},
 		"Stats": client.Stats{}, "Totals": client.Totals{}, "Health": client.Health{}, "Check": client.Check{}, "DNSAnswer": client.DNSAnswer{},
 		"DNSRecord": client.DNSRecord{}, "Event": client.Event{}, "LeaseRequest": client.LeaseRequest{}, "Lease": client.Lease{},
+		"ContextRequest": client.ContextRequest{}, "Selector": client.Selector{}, "Capture": client.Capture{}, "Verdict": client.Verdict{},
 	}
 	for name, v := range types {
 		var fields, required []string

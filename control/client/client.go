@@ -106,6 +106,52 @@ func (c *Client) Contexts(ctx context.Context) ([]ContextStatus, error) {
 	return get[[]ContextStatus](ctx, c, "/v1/contexts", nil)
 }
 
+// AddContext makes a context that lives until it is removed or the daemon ends, and returns it.
+func (c *Client) AddContext(ctx context.Context, r ContextRequest) (out ContextStatus, err error) {
+	resp, err := c.request(ctx, http.MethodPost, "/v1/contexts", nil, r)
+	if err != nil {
+		return out, err
+	}
+	defer resp.Body.Close()
+	if err := json.NewDecoder(io.LimitReader(resp.Body, maxAnswer)).Decode(&out); err != nil {
+		return out, fmt.Errorf("decode the new context: %w", err)
+	}
+	return out, nil
+}
+
+// RemoveContext ends a context and its flows. One of the configuration file stays away until the daemon ends or it is added again.
+func (c *Client) RemoveContext(ctx context.Context, name string) error {
+	return c.send(ctx, http.MethodDelete, contextPath(name), nil)
+}
+
+// EnableContext lets a context capture again. One whose mode is disabled gets process if it selects anybody, else global.
+func (c *Client) EnableContext(ctx context.Context, name string) error {
+	return c.send(ctx, http.MethodPost, contextPath(name)+"/enable", nil)
+}
+
+// DisableContext ends a context's flows and lets those it has captured go as if it were not there.
+func (c *Client) DisableContext(ctx context.Context, name string) error {
+	return c.send(ctx, http.MethodPost, contextPath(name)+"/disable", nil)
+}
+
+// Attach captures what already runs, from its next connection on; with the context's existing: reset its old connections are ended.
+func (c *Client) Attach(ctx context.Context, name string, s Selector) error {
+	return c.send(ctx, http.MethodPost, contextPath(name)+"/attach", s)
+}
+
+// Detach takes a selector, as it was given to Attach or stands in the configuration, out of a context.
+func (c *Client) Detach(ctx context.Context, name string, s Selector) error {
+	return c.send(ctx, http.MethodPost, contextPath(name)+"/detach", s)
+}
+
+// Process says which context captures a process, and why.
+func (c *Client) Process(ctx context.Context, pid int) (Capture, error) {
+	return get[Capture](ctx, c, "/v1/processes/"+strconv.Itoa(pid), nil)
+}
+
+// contextPath keeps a name that is none from becoming another path.
+func contextPath(name string) string { return "/v1/contexts/" + url.PathEscape(name) }
+
 // Upstreams returns the upstreams and what is known of them.
 func (c *Client) Upstreams(ctx context.Context) ([]UpstreamStatus, error) {
 	return get[[]UpstreamStatus](ctx, c, "/v1/upstreams", nil)
@@ -211,7 +257,12 @@ func (c *Client) request(ctx context.Context, method, path string, query url.Val
 		body = bytes.NewReader(data)
 	}
 	// The host is a placeholder: dial ignores it.
-	u := url.URL{Scheme: "http", Host: "mprox", Path: path, RawQuery: query.Encode()}
+	u := url.URL{Scheme: "http", Host: "mprox", RawQuery: query.Encode()}
+	if plain, err := url.PathUnescape(path); err == nil {
+		u.Path, u.RawPath = plain, path
+	} else {
+		u.Path = path
+	}
 	req, err := http.NewRequestWithContext(ctx, method, u.String(), body)
 	if err != nil {
 		return nil, err

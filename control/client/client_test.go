@@ -242,9 +242,13 @@ func TestLeaseContextBoundsTheAskingOnly(t *testing.T) {
 
 // TestEveryCallHasAnExample keeps the promise of the package.
 func TestEveryCallHasAnExample(t *testing.T) {
-	source, err := os.ReadFile("example_test.go")
-	if err != nil {
-		t.Fatal(err)
+	var source []byte
+	for _, file := range []string{"example_test.go", "example_contexts_test.go"} {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		source = append(source, text...)
 	}
 	for m := range reflect.TypeFor[*client.Client]().Methods() {
 		if m.Name != "Close" && m.Name != "Socket" && !bytes.Contains(source, []byte("func ExampleClient_"+m.Name+"()")) {

@@ -2,7 +2,10 @@
 
 package client
 
-import "time"
+import (
+	"encoding/json"
+	"time"
+)
 
 // Status is what the daemon says about itself: GET /v1/status. Lists are never null. A caller without authority over the daemon (neither
 // root nor in the control group) sees only the contexts of its own leases, no upstreams, and no configuration path.
@@ -230,6 +233,48 @@ type Event struct {
 	Context string    `json:"context"`
 	UID     int64     `json:"uid"` // who asked for it; -1 when nobody did
 	Message string    `json:"message"`
+}
+
+// ContextRequest asks for a context that lives until it is removed or the daemon ends. Context is what would stand at contexts.NAME of a
+// configuration file; Proxies, in the place of its default, become upstreams of its own.
+type ContextRequest struct {
+	Name     string          `json:"name"`
+	Context  json.RawMessage `json:"context,omitempty"`
+	Proxies  []string        `json:"proxies,omitempty"`  // proxy URLs; several are a pool
+	Strategy string          `json:"strategy,omitempty"` // of the pool
+}
+
+// Selector says whose traffic a context captures: all that is given must match, a list matches if one member does. It is one entry of select
+// in a configuration file.
+type Selector struct {
+	PID    []int    `json:"pid,omitempty"`
+	Scope  string   `json:"scope,omitempty"` // with PID and Exe: current, tree, session, group; "" = tree
+	UID    []uint32 `json:"uid,omitempty"`
+	User   []string `json:"user,omitempty"` // names
+	GID    []uint32 `json:"gid,omitempty"`
+	Exe    []string `json:"exe,omitempty"`    // absolute paths
+	Cgroup []string `json:"cgroup,omitempty"` // below the cgroup v2 mount, everything below included
+	Unit   []string `json:"unit,omitempty"`   // of systemd
+}
+
+// Capture says which context the next connection of a process belongs to, and why.
+type Capture struct {
+	PID      int       `json:"pid"`
+	Name     string    `json:"name"`
+	UID      int64     `json:"uid"`
+	GID      int64     `json:"gid"`
+	Exe      string    `json:"exe"`
+	Cgroup   string    `json:"cgroup"`
+	Context  string    `json:"context"` // "" = none: it goes directly
+	Reason   string    `json:"reason"`
+	Verdicts []Verdict `json:"verdicts"` // of the contexts, in the order in which they are asked
+}
+
+// Verdict is what one context says about a process.
+type Verdict struct {
+	Context string `json:"context"`
+	Matched bool   `json:"matched"`
+	Reason  string `json:"reason"`
 }
 
 // LeaseRequest asks for a context that lives as long as the connection that asked. Give Context (an existing one to join) or Proxies.

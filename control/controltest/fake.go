@@ -35,11 +35,12 @@ type Fake struct {
 	OnStop       func()
 	ExchangeFunc func(query []byte) ([]byte, error) // nil = SERVFAIL
 
-	mu      sync.Mutex
-	killed  []uint64
-	reloads int
-	leases  []*FakeLease
-	stopped bool
+	mu        sync.Mutex
+	killed    []uint64
+	reloads   int
+	leases    []*FakeLease
+	selectors []string
+	stopped   bool
 }
 
 var (
@@ -223,6 +224,102 @@ func (f *Fake) Stop() {
 	if first && f.OnStop != nil {
 		f.OnStop()
 	}
+}
+
+// AddContext implements control.Backend.
+func (f *Fake) AddContext(_ context.Context, r control.ContextRequest) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.find(r.Name) != nil {
+		return &control.Error{Code: client.CodeConflict, Path: "$.name", Message: "a context is called " + r.Name + " already"}
+	}
+	f.StatusValue.Contexts = append(slices.Clone(f.StatusValue.Contexts), control.ContextStatus{
+		Name: r.Name, Mode: "process", Enabled: true, TUN: "mprox-" + r.Name, Default: "paris",
+	})
+	return nil
+}
+
+// find is called with mu held.
+func (f *Fake) find(name string) *control.ContextStatus {
+	for i := range f.StatusValue.Contexts {
+		if f.StatusValue.Contexts[i].Name == name {
+			return &f.StatusValue.Contexts[i]
+		}
+	}
+	return nil
+}
+
+func noContext(name string) error {
+	return &control.Error{Code: client.CodeNotFound, Message: "no context is called " + name}
+}
+
+// RemoveContext implements control.Backend.
+func (f *Fake) RemoveContext(_ context.Context, name string) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.find(name) == nil {
+		return noContext(name)
+	}
+	f.StatusValue.Contexts = slices.DeleteFunc(slices.Clone(f.StatusValue.Contexts), func(c control.ContextStatus) bool { return c.Name == name })
+	return nil
+}
+
+// EnableContext implements control.Backend.
+func (f *Fake) EnableContext(_ context.Context, name string, on bool) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	c := f.find(name)
+	if c == nil {
+		return noContext(name)
+	}
+	c.Enabled = on
+	return nil
+}
+
+// Attach implements control.Backend.
+func (f *Fake) Attach(_ context.Context, name string, selector []byte) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.find(name) == nil {
+		return noContext(name)
+	}
+	f.selectors = append(f.selectors, string(selector))
+	return nil
+}
+
+// Detach implements control.Backend.
+func (f *Fake) Detach(_ context.Context, name string, selector []byte) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	i := slices.Index(f.selectors, string(selector))
+	if f.find(name) == nil || i < 0 {
+		return noContext(name)
+	}
+	f.selectors = slices.Delete(f.selectors, i, i+1)
+	return nil
+}
+
+// Selectors returns what is attached, in JSON.
+func (f *Fake) Selectors() []string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.Clone(f.selectors)
+}
+
+// Whose implements control.Backend: process 77 is captured, process 78 is excluded, no other exists.
+func (f *Fake) Whose(_ context.Context, pid int) (control.Capture, error) {
+	out := control.Capture{PID: pid, Name: "curl", UID: 1000, GID: 1000, Exe: "/usr/bin/curl", Cgroup: "/user.slice"}
+	switch pid {
+	case 77:
+		out.Context, out.Reason = "default", "global: everything that no other context selects"
+		out.Verdicts = []control.Verdict{{Context: "default", Matched: true, Reason: out.Reason}}
+	case 78:
+		out.Reason = "no context selects it"
+		out.Verdicts = []control.Verdict{{Context: "default", Reason: "excluded: uid 1000"}}
+	default:
+		return out, &control.Error{Code: client.CodeNotFound, Path: "pid", Message: "there is no process " + strconv.Itoa(pid)}
+	}
+	return out, nil
 }
 
 // Lease implements control.Backend. A lease of proxies gets a context of its own, which is not added to the status.
