@@ -102,24 +102,6 @@ func upstreamTable(list []client.UpstreamStatus) *table {
 	return t
 }
 
-func newContextsCommand(g *globals) *cobra.Command {
-	return &cobra.Command{
-		Use:     "contexts",
-		Short:   "List the contexts: who is captured, and how much they have moved",
-		Example: examples("mprox contexts", "mprox contexts -o csv"),
-		Args:    cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			return g.ask(cmd, callTimeout, func(ctx context.Context, c *client.Client) error {
-				list, err := c.Contexts(ctx)
-				if err != nil {
-					return err
-				}
-				return show(g, cmd.OutOrStdout(), list, contextTable)
-			})
-		},
-	}
-}
-
 func newStatsCommand(g *globals) *cobra.Command {
 	var format string
 	cmd := &cobra.Command{

@@ -205,7 +205,7 @@ func (m *Mprox) WaitReady() {
 // Ready reports whether a daemon answers on the socket.
 func (m *Mprox) Ready() bool {
 	var s Status
-	return m.Get("/v1/status", &s) == nil && len(s.Contexts) > 0 && s.Contexts[0].TUN != ""
+	return m.Get("/v1/status", &s) == nil && len(s.Contexts) > 0 && (s.Contexts[0].TUN != "" || s.Contexts[0].Mode == "disabled")
 }
 
 // Status is `mprox status -o json` as far as the tests look at it.

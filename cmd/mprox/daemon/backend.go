@@ -3,9 +3,13 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
+	"os"
+	"strconv"
 	"sync"
 	"time"
 
@@ -70,7 +74,13 @@ func (b backend) KillFlow(id uint64) bool {
 }
 
 // Explain implements control.Backend.
-func (b backend) Explain(_ context.Context, r control.ExplainRequest) (control.Explanation, error) {
+func (b backend) Explain(ctx context.Context, r control.ExplainRequest) (control.Explanation, error) {
+	var whose []control.Condition
+	if r.Context == "" && r.PID != 0 {
+		if done, err := b.whoseFlow(ctx, &r, &whose); done || err != nil {
+			return control.Explanation{Upstream: direct, Rule: "not captured", Conditions: whose}, err
+		}
+	}
 	c, err := b.named(r.Context)
 	if err != nil {
 		return control.Explanation{}, err
@@ -79,11 +89,39 @@ func (b backend) Explain(_ context.Context, r control.ExplainRequest) (control.E
 	if err != nil {
 		return x, err
 	}
+	x.Conditions = append(whose, x.Conditions...)
 	s := c.spec()
 	x.Kernel = control.KernelPath{
 		Mark: fmt.Sprintf("%#x", policy.ContextMark(uint32(b.opt.Config.Kernel.MarkMask), c.slot)), Table: b.spec().Table(c.slot), Device: s.TUN,
 	}
 	return x, nil
+}
+
+// whoseFlow finds the context of a process, and fills in what the request leaves open about it; done when no context captures it. A process
+// that does not exist is taken as the request describes it.
+func (b backend) whoseFlow(ctx context.Context, r *control.ExplainRequest, out *[]control.Condition) (done bool, err error) {
+	c, err := b.Whose(ctx, r.PID)
+	if client.Code(err) == client.CodeNotFound {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	for _, v := range c.Verdicts {
+		*out = append(*out, control.Condition{Rule: "context " + v.Context, Key: "pid", Value: strconv.Itoa(r.PID), Result: v.Matched, Reason: v.Reason})
+	}
+	if len(c.Verdicts) == 0 {
+		*out = append(*out, control.Condition{Rule: "context", Key: "pid", Value: strconv.Itoa(r.PID), Reason: c.Reason})
+	}
+	r.Context = c.Context
+	if r.UID == nil {
+		r.UID = &c.UID
+	}
+	if r.GID == nil {
+		r.GID = &c.GID
+	}
+	r.Exe, r.Cgroup = cmp.Or(r.Exe, c.Exe), cmp.Or(r.Cgroup, c.Cgroup)
+	return c.Context == "", nil
 }
 
 // explain asks a context's rules about a flow that need not exist. names may be nil: then only what the request says is known.
@@ -162,6 +200,25 @@ func (b backend) ExchangeDNS(ctx context.Context, contextName string, query []by
 		return nil, err
 	}
 	return c.names.Exchange(ctx, &flow.Flow{Context: c.name, Network: flow.TCP, Start: time.Now()}, query)
+}
+
+// Whose implements control.Backend.
+func (b backend) Whose(ctx context.Context, pid int) (control.Capture, error) {
+	c, err := b.manager.Whose(ctx, pid)
+	if errors.Is(err, os.ErrNotExist) {
+		return control.Capture{}, &control.Error{Code: client.CodeNotFound, Path: "pid", Message: fmt.Sprintf("there is no process %d", pid)}
+	}
+	if err != nil {
+		return control.Capture{}, apiError(err)
+	}
+	out := control.Capture{
+		PID: pid, Name: c.Process.Name, UID: int64(c.Process.UID), GID: int64(c.Process.GID), Exe: c.Process.Exe, Cgroup: c.Process.Cgroup,
+		Context: c.Context, Reason: c.Reason,
+	}
+	for _, v := range c.Verdicts {
+		out.Verdicts = append(out.Verdicts, control.Verdict(v))
+	}
+	return out, nil
 }
 
 // Lease implements control.Backend.

@@ -62,7 +62,6 @@ func supported(cfg *config.Config, name string) error {
 	}
 	_, err := buildSelection(cfg, name)
 	errs = append(errs, err)
-	refuse(c.Existing == "reset", "existing")
 	refuse(c.Strict, "strict")
 	refuse(c.OnCrash == "open", "on_crash")
 	refuse(c.Limits.NewFlowsPerSecond > 0, "limits.new_flows_per_second")

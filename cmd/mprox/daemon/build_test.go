@@ -83,7 +83,6 @@ func TestCheckRefusesKeysWithoutCode(t *testing.T) {
 		{"exe", `"mode": "process", "select": [ { "uid": 1000 }, { "exe": "/usr/bin/ssh", "uid": 0 } ]`, "$.contexts.default.select[1].exe"},
 		{"scope", `"mode": "process", "select": { "pid": 4242, "scope": "current" }`, "$.contexts.default.select[0].scope"},
 		{"exclude", `"exclude": { "exe": "/usr/sbin/sshd" }`, "$.contexts.default.exclude[0].exe"},
-		{"reset", `"existing": "reset"`, "$.contexts.default.existing"},
 		{"bandwidth", `"limits": { "bandwidth": "1mbit" }`, "$.contexts.default.limits.bandwidth"},
 		{"open on crash", `"on_crash": "open"`, "$.contexts.default.on_crash"},
 		{"rule", `"rules": { "geoip": "de", "upstream": "direct" }`, "$.contexts.default.rules[0].geoip"},

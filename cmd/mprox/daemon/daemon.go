@@ -6,6 +6,7 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -62,9 +63,12 @@ type Daemon struct {
 	leftovers sync.WaitGroup // leases that have ended, waiting for their last process; keepMemory
 	ready     atomic.Bool
 
-	reload     sync.Mutex // held by whoever changes the set of contexts or the kernel plan
-	mu         sync.Mutex // guards what follows, for a moment each
-	cfg        *config.Config
+	reload     sync.Mutex     // held by whoever changes the set of contexts or the kernel plan
+	mu         sync.Mutex     // guards what follows, for a moment each
+	cfg        *config.Config // in force: base with changes on top
+	base       *config.Config // as loaded
+	changes    changes
+	wanted     map[string]string // the modes that contexts have when they are switched on
 	digest     string
 	ups        *upstreams
 	contexts   map[string]*liveContext
@@ -78,9 +82,13 @@ func New(opt Options) *Daemon {
 		opt.Log = zap.NewNop()
 	}
 	life, stop := context.WithCancel(context.Background())
+	wanted := make(map[string]string)
+	for name, c := range opt.Config.Contexts {
+		wanted[name] = c.Mode
+	}
 	return &Daemon{
-		life: life, stop: stop,
-		opt: opt, log: opt.Log, started: time.Now(), cfg: opt.Config, digest: opt.Digest,
+		life: life, stop: stop, wanted: wanted,
+		opt: opt, log: opt.Log, started: time.Now(), cfg: opt.Config, base: opt.Config, digest: opt.Digest,
 		contexts: make(map[string]*liveContext), generation: 1, loadedAt: time.Now(),
 	}
 }
@@ -146,6 +154,9 @@ func (d *Daemon) start(ctx context.Context) error {
 	if err := d.manager.Apply(ctx, d.spec()); err != nil {
 		return err
 	}
+	for _, c := range d.live() {
+		d.resetExisting(ctx, c, c.who.chosen)
+	}
 	d.ups.startChecks()
 	d.server = control.NewServer(control.Config{
 		Socket: d.opt.Socket, Group: d.cfg.Control.Group, HTTPListen: d.cfg.HTTP.Listen, Backend: backend{d}, Metrics: d.metrics, Log: d.log,
@@ -203,12 +214,18 @@ func enabled(cfg *config.Config) []string {
 	return slices.DeleteFunc(names, func(n string) bool { return cfg.Contexts[n].Mode == "disabled" })
 }
 
-// live returns the contexts at work, by name.
+// live returns the contexts at work, in the order in which they are asked.
 func (d *Daemon) live() []*liveContext {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	out := slices.Collect(maps.Values(d.contexts))
-	slices.SortFunc(out, func(a, b *liveContext) int { return a.slot - b.slot })
+	// Leases last: who is in their cgroups belongs to them before any selector is asked. Selectors are asked by the contexts' names.
+	slices.SortFunc(out, func(a, b *liveContext) int {
+		if a.lease != b.lease {
+			return map[bool]int{true: 1, false: -1}[a.lease]
+		}
+		return cmp.Compare(a.name, b.name)
+	})
 	return out
 }
 

@@ -23,8 +23,8 @@ var errNoFile = errors.New("started from flags: there is no configuration file t
 // Loader reads the configuration file again and returns it with the SHA-256 of its bytes.
 type Loader func() (cfg *config.Config, digest string, err error)
 
-// Reload reads the configuration again and puts it in force. Until everything of it has been built and checked nothing changes, and when
-// the kernel refuses the new plan the old one stays. Flows that the new rules allow go on, those that they block are closed.
+// Reload reads the configuration again and puts it in force, under what has been changed over the control socket since the start. Flows that
+// the new rules allow go on, those that they block are closed.
 func (d *Daemon) Reload(ctx context.Context) (err error) {
 	if d.opt.Load == nil {
 		return errNoFile
@@ -36,35 +36,14 @@ func (d *Daemon) Reload(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	old, oldUps := d.current()
-	if err := fixed(old, cfg); err != nil {
-		return err
-	}
-	ups, err := buildUpstreams(cfg, d.net, oldUps)
-	if err != nil {
-		return err
-	}
-	n, err := d.next(cfg, ups)
-	if err != nil {
-		return err
-	}
-	if err := d.excludeLocal(ctx, ups); err != nil {
-		return err
-	}
-	if err := n.apply(ctx); err != nil {
+	if err := d.put(ctx, cfg, d.changes); err != nil {
 		return err
 	}
 	if d.opt.SetLevel != nil {
 		d.opt.SetLevel(cfg.Log)
 	}
-	// Before, nothing had to be left alone if nobody but leases was captured.
-	if err := d.excludeLocal(ctx, ups); err != nil {
-		d.log.Error("upstreams on this machine may be captured themselves", zap.Error(err))
-	}
-	oldUps.stopChecks(ups)
-	ups.startChecks()
 	d.mu.Lock()
-	d.cfg, d.digest, d.ups = cfg, digest, ups
+	d.digest = digest
 	d.generation++
 	d.loadedAt = time.Now()
 	d.mu.Unlock()
@@ -204,6 +183,9 @@ func (n *generation) apply(ctx context.Context) (err error) {
 	for _, ch := range n.changed {
 		ch.c.setConfig(ch.cfg, ch.who)
 	}
+	for _, c := range n.removed {
+		c.refuse() // while the resets still arrive: afterwards the kernel would send on what the applications have written, past us
+	}
 	n.d.setContexts(n.added, n.removed)
 	if err := n.d.manager.Apply(ctx, n.d.spec()); err != nil {
 		return err
@@ -227,6 +209,9 @@ func (n *generation) undo() {
 		ch.c.setConfig(ch.old, ch.was)
 	}
 	n.d.setContexts(n.removed, n.added)
+	for _, c := range n.removed {
+		c.setRules(c.rules.Load())
+	}
 	for _, c := range n.added {
 		c.close()
 	}
@@ -251,4 +236,16 @@ func (c *liveContext) setRules(rules *routing.Table) {
 		a := rules.Decide(&i.Flow).Action
 		return a == flow.Block || a == flow.Drop
 	})
+}
+
+// refuser is the rules of a context that is about to go.
+type refuser struct{}
+
+func (refuser) Decide(*flow.Flow) flow.Decision { return flow.Decision{} } // the zero value blocks
+func (refuser) Needs(*flow.Flow) flow.Needs     { return 0 }
+
+// refuse ends all flows, and lets none begin until setRules.
+func (c *liveContext) refuse() {
+	c.handler.SetDecider(refuser{})
+	c.table.KillIf(func(*flow.Info) bool { return true })
 }

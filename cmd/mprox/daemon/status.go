@@ -39,10 +39,24 @@ func (b backend) Status(context.Context) control.Status {
 		s.DNS.Blocked += d.Blocked
 		s.DNS.Failures += d.Failures
 	}
+	s.Contexts = append(s.Contexts, b.switchedOff()...)
 	slices.SortFunc(s.Contexts, func(x, y control.ContextStatus) int { return cmp.Compare(x.Name, y.Name) })
 	k := b.manager.Stats()
 	s.Guard = control.GuardStatus{Active: k.GuardActive, DroppedPackets: k.GuardDropped}
 	return s
+}
+
+// switchedOff lists the contexts that capture nobody at the moment.
+func (d *Daemon) switchedOff() []control.ContextStatus {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	var out []control.ContextStatus
+	for name, c := range d.cfg.Contexts {
+		if c.Mode == "disabled" && d.contexts[name] == nil {
+			out = append(out, control.ContextStatus{Name: name, Mode: d.wanted[name], Default: c.Default})
+		}
+	}
+	return out
 }
 
 func (d *Daemon) configStatus() control.ConfigStatus {
