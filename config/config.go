@@ -41,8 +41,9 @@ type Log struct {
 
 // Control is the control socket.
 type Control struct {
-	Socket string `json:"socket" default:"/run/mprox/mprox.sock" fixed:"true" doc:"Absolute path of the control socket. It names the instance: the journal lies beside it."`
-	Group  string `json:"group" default:"mprox" fixed:"true" doc:"Members of this group may do everything over the control socket, as root may. A group that does not exist has no members."`
+	Socket     string `json:"socket" default:"/run/mprox/mprox.sock" fixed:"true" doc:"Absolute path of the control socket. It names the instance: the journal lies beside it."`
+	Group      string `json:"group" default:"mprox" fixed:"true" doc:"Members of this group may do everything over the control socket, as root may. A group that does not exist has no members."`
+	UserLeases int    `json:"user_leases" default:"16" min:"0" max:"160" fixed:"true" doc:"How many leases (mprox run) each user without that authority may hold at a time, over processes of their own. 0: none."`
 }
 
 // HTTP is the metrics and dashboard listener.

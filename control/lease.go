@@ -24,8 +24,6 @@ import (
 const (
 	// maxLeases is how many contexts the mark layout has room for.
 	maxLeases = 160
-	// maxLeasesPerUser bounds those of one user without authority.
-	maxLeasesPerUser = 16
 	// Bounds of a request; the longest legal proxy URL (a name of 253 bytes, user and password of 255) is far below.
 	maxProxies  = 64
 	maxEntries  = 256
@@ -53,7 +51,7 @@ type leaseTable struct {
 }
 
 // reserve takes a place before anything is made, so that the limits hold among concurrent requests too.
-func (t *leaseTable) reserve(p Peer, trusted bool) (*heldLease, error) {
+func (t *leaseTable) reserve(p Peer, trusted bool, each int) (*heldLease, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.closed {
@@ -65,7 +63,7 @@ func (t *leaseTable) reserve(p Peer, trusted bool) (*heldLease, error) {
 			own++
 		}
 	}
-	if len(t.held) >= maxLeases || !trusted && own >= maxLeasesPerUser {
+	if len(t.held) >= maxLeases || !trusted && own >= each {
 		return nil, &Error{Code: client.CodeTooMany, Message: fmt.Sprintf("%d leases are open, of which %d are yours: end one first", len(t.held), own)}
 	}
 	if t.held == nil {
@@ -129,12 +127,14 @@ func postLease(c *call) error {
 	if err := c.mayLease(r); err != nil {
 		return err
 	}
-	held, err := c.leases.reserve(c.peer, c.trusted)
+	held, err := c.leases.reserve(c.peer, c.trusted, c.cfg.UserLeases)
 	if err != nil {
 		return err
 	}
 	defer c.leases.release(held)
-	lease, err := c.cfg.Backend.Lease(c.ctx, r, c.peer)
+	peer := c.peer
+	peer.Trusted = c.trusted
+	lease, err := c.cfg.Backend.Lease(c.ctx, r, peer)
 	if es, ok := errors.AsType[config.Errors](err); ok && len(es) > 0 {
 		return badRequest(es[0].Path, "%s", es[0].Msg) // it is the request that is wrong, not the daemon's configuration
 	}
@@ -217,6 +217,8 @@ func checkLease(r LeaseRequest) error {
 		return badRequest("$.name", "a name has up to %d letters, digits, - and _", maxLeaseTag)
 	case len(r.Context) > maxText || len(r.Strategy) > maxLeaseTag:
 		return badRequest("$", "a value is longer than any name can be")
+	case r.PID < 0:
+		return badRequest("$.pid", "%d is not a process id", r.PID)
 	case len(r.Proxies) > maxProxies:
 		return badRequest("$.proxies", "more than %d", maxProxies)
 	}

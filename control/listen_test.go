@@ -18,7 +18,7 @@ import (
 )
 
 func server(socket string) *control.Server {
-	return control.NewServer(control.Config{Socket: socket, Backend: controltest.New()})
+	return control.NewServer(control.Config{UserLeases: 16, Socket: socket, Backend: controltest.New()})
 }
 
 func TestSocketModeAndDirectory(t *testing.T) {
@@ -91,7 +91,7 @@ func TestHTTPListenTakenLeavesNothing(t *testing.T) {
 	}
 	defer l.Close()
 	path := filepath.Join(t.TempDir(), "m.sock")
-	s := control.NewServer(control.Config{Socket: path, HTTPListen: l.Addr().String(), Backend: controltest.New()})
+	s := control.NewServer(control.Config{UserLeases: 16, Socket: path, HTTPListen: l.Addr().String(), Backend: controltest.New()})
 	defer s.Close()
 	if err := s.Start(); !errors.Is(err, control.ErrConflict) {
 		t.Errorf("got %v, want a conflict", err)

@@ -21,6 +21,8 @@ type Peer struct {
 	UID    uint32
 	GID    uint32
 	Groups []uint32 // supplementary
+	// Trusted: it may do everything. The server sets it for the Backend.
+	Trusted bool
 }
 
 // In reports whether the peer is a member of the group.

@@ -20,7 +20,7 @@ import (
 func startUntrusted(t *testing.T) *daemon {
 	t.Helper()
 	d := &daemon{Fake: controltest.New(), socket: filepath.Join(t.TempDir(), "m.sock")}
-	d.server = control.NewServerWithoutAuthority(control.Config{Socket: d.socket, Group: "0", Backend: d.Fake, Now: controltest.Epoch})
+	d.server = control.NewServerWithoutAuthority(control.Config{UserLeases: 16, Socket: d.socket, Group: "0", Backend: d.Fake, Now: controltest.Epoch})
 	if err := d.server.Start(); err != nil {
 		t.Fatal(err)
 	}

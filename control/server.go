@@ -35,6 +35,7 @@ const (
 type Config struct {
 	Socket     string // path of the unix socket
 	Group      string // name or number of the group whose members may do everything; "" = root alone
+	UserLeases int    // how many leases each user without authority may hold
 	HTTPListen string // address:port of /metrics, /livez and /readyz; "" = none
 	Backend    Backend
 	Metrics    *Metrics // may be nil: no /metrics

@@ -42,7 +42,7 @@ type daemon struct {
 func start(t *testing.T, options ...func(*control.Config)) *daemon {
 	t.Helper()
 	d := &daemon{Fake: controltest.New(), socket: filepath.Join(t.TempDir(), "run", "m.sock")}
-	cfg := control.Config{Socket: d.socket, Backend: d.Fake, Now: controltest.Epoch}
+	cfg := control.Config{UserLeases: 16, Socket: d.socket, Backend: d.Fake, Now: controltest.Epoch}
 	for _, o := range options {
 		o(&cfg)
 	}

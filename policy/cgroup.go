@@ -112,6 +112,38 @@ func (c *Cgroup) FD() int {
 // Method says how sockets are marked: "bpf+nft" or "nft".
 func (c *Cgroup) Method() string { return c.method }
 
+// Own makes the cgroup one user's: what other users' sockets in it send is dropped from the next Apply of its Ref on.
+func (c *Cgroup) Own(uid uint32) {
+	c.ref.Only, c.ref.UID = true, uid
+}
+
+// Take moves a process of the cgroup's user into it; its sockets stay with the cgroup that they were made in. os.ErrPermission when it is, or
+// meanwhile has become, another user's.
+func (c *Cgroup) Take(pid int) error {
+	owned := func() (uint64, error) {
+		if c.ref.Only && !c.m.host.RunsAs(pid, c.ref.UID) {
+			return 0, fmt.Errorf("process %d is not of user %d: %w", pid, c.ref.UID, os.ErrPermission)
+		}
+		start, _, err := c.m.host.ProcessTree(context.Background(), pid)
+		return start, err
+	}
+	start, err := owned()
+	if err != nil {
+		return err
+	}
+	from, err := c.m.host.Cgroup(pid)
+	if err != nil {
+		return err
+	}
+	if err := c.m.host.MoveProcess(pid, c.ref.Path); err != nil {
+		return err
+	}
+	if again, err := owned(); err != nil || again != start {
+		return errors.Join(fmt.Errorf("process %d has changed: %w", pid, os.ErrPermission), err, c.m.host.MoveProcess(pid, from))
+	}
+	return nil
+}
+
 // Wait returns when the last process has gone, or with ctx's error. A cgroup nothing was started in yet is empty.
 func (c *Cgroup) Wait(ctx context.Context) error {
 	return c.m.host.WaitCgroupEmpty(ctx, c.ref.Path)

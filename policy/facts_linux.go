@@ -41,6 +41,30 @@ func (h *LinuxHost) Process(pid int) (ProcessFacts, error) {
 	return p, nil
 }
 
+// RunsAs implements Host.
+func (h *LinuxHost) RunsAs(pid int, uid uint32) bool {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	return err == nil && allUIDs(string(b), uid)
+}
+
+// allUIDs reads the line Uid: real, effective, saved and file system's.
+func allUIDs(status string, uid uint32) bool {
+	for line := range strings.Lines(status) {
+		rest, ok := strings.CutPrefix(line, "Uid:")
+		if !ok {
+			continue
+		}
+		f := strings.Fields(rest)
+		for _, id := range f {
+			if n, err := strconv.ParseUint(id, 10, 32); err != nil || uint32(n) != uid {
+				return false
+			}
+		}
+		return len(f) == 4
+	}
+	return false
+}
+
 // effective reads the second number of the lines Uid and Gid (proc(5)).
 func effective(status string) (uid, gid uint32) {
 	for line := range strings.Lines(status) {

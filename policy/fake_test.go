@@ -172,6 +172,8 @@ func (h *fakeHost) DestroySockets(uint32, uint32) error { return nil }
 
 func (h *fakeHost) ResetSockets(context.Context, Existing) (int, error) { return 0, nil }
 
+func (h *fakeHost) RunsAs(int, uint32) bool { return true }
+
 func (h *fakeHost) Process(pid int) (ProcessFacts, error) { return ProcessFacts{PID: pid}, nil }
 
 func (h *fakeHost) OpenCgroup(string) (int, error) {

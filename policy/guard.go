@@ -170,6 +170,10 @@ func (g *guard) output() {
 		ctx := ContextMark(g.spec.Mask, c.Slot)
 		for _, ref := range c.Cgroups {
 			if c.Mode != ModeGlobal {
+				if ref.Only {
+					// A packet without a socket any more passes: it goes where its connection has gone.
+					add(stCgroup{ref}, stUID{uid: ref.UID, not: true}, stCounter{guardCounter}, drop())
+				}
 				add(stCgroup{ref}, g.set(true, ctx), g.set(false, ctx), accept())
 			}
 		}
@@ -214,7 +218,7 @@ func (g *guard) daemon() nfStmt {
 	if c := g.snap.Daemon.Cgroup; c != nil {
 		return stCgroup{*c}
 	}
-	return stUID{g.snap.Daemon.UID}
+	return stUID{uid: g.snap.Daemon.UID}
 }
 
 // postrouting is the guard itself: the device a packet really leaves by is known only here.

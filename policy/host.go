@@ -46,6 +46,8 @@ type Host interface {
 	ResetSockets(ctx context.Context, e Existing) (int, error)
 	// Process reads what selectors ask of a process; os.ErrNotExist without it.
 	Process(pid int) (ProcessFacts, error)
+	// RunsAs reports whether all user IDs of a process (real, effective, saved, file system) are uid.
+	RunsAs(pid int, uid uint32) bool
 	// Listener finds the processes that listen (TCP) at an address of this machine, with their descendants. Empty when
 	// none can be seen.
 	Listener(ctx context.Context, addr netip.AddrPort) ([]Process, error)

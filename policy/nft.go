@@ -105,7 +105,10 @@ type (
 	stHops255 struct{}
 	stToLocal struct{} // the destination is an address of this machine
 	stCgroup  struct{ ref CgroupRef }
-	stUID     struct{ uid uint32 }
+	stUID     struct {
+		uid uint32
+		not bool
+	}
 	stGID     struct{ gid uint32 }
 	stOwned   struct{} // sent by a socket that a process has open
 	stCounter struct{ name string }
@@ -194,7 +197,14 @@ func (s stICMPType) String() string {
 func (s stCgroup) String() string {
 	return fmt.Sprintf("socket cgroupv2 level %d %q", s.ref.Level, strings.TrimPrefix(s.ref.Path, "/"))
 }
-func (s stUID) String() string     { return fmt.Sprintf("meta skuid %d", s.uid) }
+
+func (s stUID) String() string {
+	if s.not {
+		return fmt.Sprintf("meta skuid != %d", s.uid)
+	}
+	return fmt.Sprintf("meta skuid %d", s.uid)
+}
+
 func (s stGID) String() string     { return fmt.Sprintf("meta skgid %d", s.gid) }
 func (stOwned) String() string     { return "meta skuid <= 4294967295" }
 func (s stCounter) String() string { return "counter name " + s.name }

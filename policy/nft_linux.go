@@ -78,7 +78,7 @@ func stmtExprs(s nfStmt) ([]expr.Any, error) {
 			cmpReg(false, binary.NativeEndian.AppendUint64(nil, s.ref.ID)),
 		}, nil
 	case stUID:
-		return []expr.Any{&expr.Meta{Key: expr.MetaKeySKUID, Register: reg1}, cmpReg(false, native32(s.uid))}, nil
+		return []expr.Any{&expr.Meta{Key: expr.MetaKeySKUID, Register: reg1}, cmpReg(s.not, native32(s.uid))}, nil
 	case stGID:
 		return []expr.Any{&expr.Meta{Key: expr.MetaKeySKGID, Register: reg1}, cmpReg(false, native32(s.gid))}, nil
 	case stToLocal:

@@ -91,7 +91,7 @@ func (s Selector) rules(found map[string][]CgroupRef) [][]nfStmt {
 	}
 	out = product(out, len(pids) > 0, cgroupStmts(pids, found))
 	for _, id := range s.UIDs {
-		uids = append(uids, stUID{id})
+		uids = append(uids, stUID{uid: id})
 	}
 	for _, id := range s.GIDs {
 		gids = append(gids, stGID{id})

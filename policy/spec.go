@@ -133,6 +133,9 @@ type CgroupRef struct {
 	Path  string `json:"path"`  // below the cgroup2 mount, "/" first
 	ID    uint64 `json:"id"`    // kernfs id, gone with the directory
 	Level int    `json:"level"` // number of path components
+	// Only: what sockets of other users than UID in it send is dropped. Whoever got another user by a set-uid program is blocked, not freed.
+	Only bool   `json:"only,omitempty"`
+	UID  uint32 `json:"uid,omitempty"`
 }
 
 // String returns path and id.

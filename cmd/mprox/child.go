@@ -28,7 +28,8 @@ type child struct {
 	signals chan os.Signal
 }
 
-// startChild starts argv inside the cgroup (clone3 CLONE_INTO_CGROUP, so that not one instruction of it runs outside). The int is the exit
+// startChild starts argv inside the cgroup (clone3 CLONE_INTO_CGROUP, so that not one instruction of it runs outside); -1 = the
+// one that this process is in. The int is the exit
 // code when err is not nil.
 func startChild(argv []string, cgroup int) (*child, int, error) {
 	path, err := exec.LookPath(argv[0])
@@ -41,7 +42,7 @@ func startChild(argv []string, cgroup int) (*child, int, error) {
 	cmd := exec.Command(path, argv[1:]...) //nolint:noctx // it ends when it ends: mprox never kills the user's command
 	cmd.Args[0] = argv[0]
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: cgroup}
+	cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: cgroup >= 0, CgroupFD: max(cgroup, 0)}
 	c := &child{cmd: cmd, signals: make(chan os.Signal, 16)}
 	// Before the start: a Ctrl-C from here on is the command's to act on, and must not end us before it. Ctrl-Z too: we stop when the
 	// command has, else its stop could be seen after the shell has continued both, and stop us once more.

@@ -18,6 +18,7 @@ import (
 
 	"github.com/mutex-proxy/mutex/cmd/mprox/daemon"
 	"github.com/mutex-proxy/mutex/config"
+	"github.com/mutex-proxy/mutex/control"
 	"github.com/mutex-proxy/mutex/control/client"
 	"github.com/mutex-proxy/mutex/policy"
 )
@@ -67,10 +68,17 @@ func runFailed(err error) error { return exitError{exitRunFailed, err} }
 func run(ctx context.Context, g *globals, r client.LeaseRequest, argv []string) (unix.WaitStatus, int, error) {
 	c := client.New(g.socketPath())
 	defer c.Close()
+	user := os.Geteuid() != 0
+	if user {
+		r.PID = os.Getpid() // who is not root cannot start anything in another cgroup: the daemon moves us there, and COMMAND inherits it
+	}
 	lease, err := c.Lease(ctx, r)
 	switch {
 	case err == nil:
 		defer func() { _ = lease.Close() }() // the daemon ends it with the connection, whatever Close says
+		if user {
+			return runIn(argv, -1)
+		}
 		dir, err := os.Open(lease.Cgroup)
 		if err != nil {
 			return 0, exitRunFailed, fmt.Errorf("the lease's cgroup: %w", err)
@@ -129,7 +137,7 @@ func runAlone(ctx context.Context, g *globals, r client.LeaseRequest, argv []str
 		return 0, exitRunFailed, errInterrupted
 	case <-up:
 	}
-	l, err := d.Lease(setup, r, os.Getpid())
+	l, err := d.Lease(setup, r, control.Peer{PID: os.Getpid(), Trusted: true})
 	if err != nil {
 		return 0, exitRunFailed, err
 	}

@@ -285,6 +285,9 @@ type LeaseRequest struct {
 	Strategy string   `json:"strategy,omitempty"` // of the pool
 	DNS      []string `json:"dns,omitempty"`      // servers
 	Bypass   []string `json:"bypass,omitempty"`   // addresses, prefixes or classes that stay direct
+	// PID is a process to capture, with all that it starts from then on. 0: none, the caller starts processes in Cgroup, which takes root; for
+	// any other user it is the caller itself. It must be the caller's own.
+	PID int `json:"pid,omitempty"`
 }
 
 // Lease is a context that ends with the connection it was given on.

@@ -223,12 +223,15 @@ func (b backend) Whose(ctx context.Context, pid int) (control.Capture, error) {
 
 // Lease implements control.Backend.
 func (b backend) Lease(ctx context.Context, r control.LeaseRequest, p control.Peer) (control.Lease, error) {
-	if p.UID != 0 {
-		return nil, &control.Error{Code: client.CodeUnsupported, Message: "leases for users other than root are not supported yet: run mprox as root"}
+	if r.PID == 0 && p.UID != 0 {
+		r.PID = p.PID
 	}
-	l, err := b.Daemon.Lease(ctx, r, p.PID)
-	if err != nil {
+	if err := b.mayLease(ctx, r, p); err != nil {
 		return nil, err
+	}
+	l, err := b.Daemon.Lease(ctx, r, p)
+	if err != nil {
+		return nil, apiError(err)
 	}
 	return l, nil
 }

@@ -159,7 +159,7 @@ func (d *Daemon) start(ctx context.Context) error {
 	}
 	d.ups.startChecks()
 	d.server = control.NewServer(control.Config{
-		Socket: d.opt.Socket, Group: d.cfg.Control.Group, HTTPListen: d.cfg.HTTP.Listen, Backend: backend{d}, Metrics: d.metrics, Log: d.log,
+		Socket: d.opt.Socket, Group: d.cfg.Control.Group, UserLeases: d.cfg.Control.UserLeases, HTTPListen: d.cfg.HTTP.Listen, Backend: backend{d}, Metrics: d.metrics, Log: d.log,
 	})
 	if err := d.server.Start(); err != nil {
 		if errors.Is(err, control.ErrConflict) {

@@ -6,6 +6,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
+	"net/url"
 	"os"
 	"sync"
 
@@ -32,7 +34,7 @@ type Lease struct {
 }
 
 // Lease makes a context for the request, or joins one. ctx bounds the making. The caller closes it.
-func (d *Daemon) Lease(ctx context.Context, r client.LeaseRequest, owner int) (*Lease, error) {
+func (d *Daemon) Lease(ctx context.Context, r client.LeaseRequest, owner control.Peer) (*Lease, error) {
 	d.reload.Lock()
 	defer d.reload.Unlock()
 	l := &Lease{d: d, done: make(chan struct{})}
@@ -45,19 +47,71 @@ func (d *Daemon) Lease(ctx context.Context, r client.LeaseRequest, owner int) (*
 	if err != nil {
 		return nil, err
 	}
+	if r.PID != 0 {
+		if err := l.cgroup.Take(r.PID); err != nil {
+			d.leftovers.Go(func() { _ = l.Close() }) // it waits for the lock that is held here
+			return nil, notYours(r.PID, err)
+		}
+	}
 	return l, nil
 }
 
+func notYours(pid int, err error) error {
+	if errors.Is(err, os.ErrPermission) || errors.Is(err, os.ErrNotExist) {
+		return &control.Error{Code: client.CodeForbidden, Path: "$.pid", Message: fmt.Sprintf("process %d is not one of yours", pid)}
+	}
+	return err
+}
+
+// mayLease keeps users without authority from using a lease as a way around what captures them, and from changing what is others': the
+// processes behind an upstream on this machine would be left out of the capture.
+func (b backend) mayLease(ctx context.Context, r control.LeaseRequest, p control.Peer) error {
+	if p.Trusted {
+		return nil
+	}
+	refuse := func(path, format string, args ...any) error {
+		return &control.Error{Code: client.CodeForbidden, Path: path, Message: fmt.Sprintf(format, args...)}
+	}
+	if r.PID <= 0 {
+		return refuse("$.pid", "your process cannot be seen from the daemon's process namespace")
+	}
+	w, err := b.manager.Whose(ctx, r.PID)
+	if errors.Is(err, os.ErrNotExist) {
+		return notYours(r.PID, err)
+	}
+	if err != nil || w.Context == "" || r.Context != "" {
+		return apiError(err)
+	}
+	if len(r.Bypass) > 0 {
+		return refuse("$.bypass", "context %s captures you: nothing of yours may go around it", w.Context)
+	}
+	for i, raw := range r.Proxies {
+		path := fmt.Sprintf("$.proxies[%d]", i)
+		u, err := url.Parse(raw)
+		if err != nil {
+			continue // refused with a better message where it is parsed
+		}
+		if u.Scheme == "direct" {
+			return refuse(path, "context %s captures you: nothing of yours may go around it", w.Context)
+		}
+		if a, err := netip.ParseAddr(u.Hostname()); err != nil || a.Unmap().IsLoopback() {
+			return refuse(path, "context %s captures you: give the address of a proxy on another machine", w.Context)
+		}
+	}
+	return nil
+}
+
 // join captures one more cgroup for a context of the configuration.
-func (l *Lease) join(ctx context.Context, name string, owner int) (err error) {
+func (l *Lease) join(ctx context.Context, name string, owner control.Peer) (err error) {
 	l.joined = true
 	l.c = l.d.context(name)
 	if l.c == nil {
 		return &control.Error{Code: client.CodeNotFound, Path: "$.context", Message: fmt.Sprintf("no context is called %q", name)}
 	}
-	if l.cgroup, err = l.d.manager.NewCgroup(ctx, fmt.Sprintf("%s-%d", name, owner), l.c.slot); err != nil {
+	if l.cgroup, err = l.d.manager.NewCgroup(ctx, fmt.Sprintf("%s-%d-%d", name, owner.PID, l.d.ids.Add(1)), l.c.slot); err != nil {
 		return err
 	}
+	l.own(owner)
 	l.c.addCgroup(l.cgroup.Ref())
 	if err := l.d.manager.Apply(ctx, l.d.spec()); err != nil {
 		l.c.removeCgroup(l.cgroup.Ref())
@@ -67,10 +121,10 @@ func (l *Lease) join(ctx context.Context, name string, owner int) (err error) {
 }
 
 // create makes a context of its own.
-func (l *Lease) create(ctx context.Context, r client.LeaseRequest, owner int) (err error) {
+func (l *Lease) create(ctx context.Context, r client.LeaseRequest, owner control.Peer) (err error) {
 	name := r.Name
 	if name == "" {
-		name = fmt.Sprintf("run-%d", owner)
+		name = fmt.Sprintf("run-%d", owner.PID)
 	}
 	if l.d.context(name) != nil {
 		return &control.Error{Code: client.CodeConflict, Path: "$.name", Message: fmt.Sprintf("a context is called %q already", name)}
@@ -104,6 +158,7 @@ func (l *Lease) create(ctx context.Context, r client.LeaseRequest, owner int) (e
 	if l.cgroup, err = l.d.manager.NewCgroup(ctx, name, slot); err != nil {
 		return err
 	}
+	l.own(owner)
 	l.c.addCgroup(l.cgroup.Ref())
 	if err := l.c.open(ctx); err != nil {
 		return errors.Join(err, l.cgroup.Remove())
@@ -114,8 +169,15 @@ func (l *Lease) create(ctx context.Context, r client.LeaseRequest, owner int) (e
 		l.c.close()
 		return errors.Join(err, l.cgroup.Remove())
 	}
-	l.d.log.Info("lease opened", zap.String("context", name), zap.Int("pid", owner), zap.String("marked_by", l.cgroup.Method()))
+	l.d.log.Info("lease opened", zap.String("context", name), zap.Int("pid", owner.PID), zap.Uint32("uid", owner.UID), zap.String("marked_by", l.cgroup.Method()))
 	return nil
+}
+
+// own ties the cgroup to the user of a lease. Root may become whoever it likes.
+func (l *Lease) own(owner control.Peer) {
+	if owner.UID != 0 {
+		l.cgroup.Own(owner.UID)
+	}
 }
 
 // leaseConfig turns a request into the configuration it stands for.
