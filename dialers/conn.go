@@ -5,6 +5,7 @@ package dialers
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"net"
 	"sync"
@@ -17,13 +18,24 @@ var (
 	_ flow.Conn    = (*TCPConn)(nil)
 	_ syscall.Conn = (*TCPConn)(nil)
 	_ flow.Conn    = (*tlsConn)(nil)
+	_ flow.Bound   = (*TCPConn)(nil)
+	_ flow.Bound   = (*tlsConn)(nil)
 )
 
 // TCPConn is a plain TCP socket with an abort. Nothing is buffered above its descriptor.
 type TCPConn struct {
 	*net.TCPConn
 	once    sync.Once
-	onClose func() // runs once, at the first Close or Abort; nil = nothing
+	onClose func()                                      // runs once, at the first Close or Abort; nil = nothing
+	bind    func(context.Context) (flow.Binding, error) // nil = the upstream has no such thing
+}
+
+// Bind asks the upstream of the connection to accept one from the same destination (flow.Bound).
+func (c *TCPConn) Bind(ctx context.Context) (flow.Binding, error) {
+	if c.bind == nil {
+		return nil, fmt.Errorf("bind: %w", errors.ErrUnsupported)
+	}
+	return c.bind(ctx)
 }
 
 // Close closes the socket; what is queued is still sent.
@@ -77,6 +89,9 @@ func (c *tlsConn) Read(p []byte) (int, error) {
 	}
 	return c.Conn.Read(p)
 }
+
+// Bind is that of the socket.
+func (c *tlsConn) Bind(ctx context.Context) (flow.Binding, error) { return c.tcp.Bind(ctx) }
 
 // CloseWrite sends close_notify: the proxy reads it as end of file.
 func (c *tlsConn) CloseWrite() error { return c.Conn.CloseWrite() }

@@ -78,12 +78,13 @@ type upstream struct {
 	stats
 	ipv6 capability
 	udp  capability
+	bind capability
 }
 
 func (u *upstream) init(name string, s Spec, n *Net) {
 	u.name, u.spec, u.net = name, s, n
 	u.host = &serverHost{name: s.Host}
-	u.ipv6.now, u.udp.now = n.cfg.Now, n.cfg.Now
+	u.ipv6.now, u.udp.now, u.bind.now = n.cfg.Now, n.cfg.Now, n.cfg.Now
 }
 
 // Name returns the name in the configuration.
@@ -180,7 +181,7 @@ func (u *upstream) status() Status {
 	return Status{
 		Name: u.name, URL: u.spec.String(), Up: !u.down.Load(), Latency: time.Duration(u.latency.Load()),
 		Active: uint64(max(0, u.active.Load())), Total: u.total.Load(), Errors: u.errors.Load(),
-		UDP: u.udp.String(), IPv6: u.ipv6.String(), RemoteDNS: unknown, Bind: unknown,
+		UDP: u.udp.String(), IPv6: u.ipv6.String(), RemoteDNS: unknown, Bind: u.bind.String(),
 		Dropped: u.dropped.Load(), State: u.State(),
 	}
 }

@@ -363,7 +363,7 @@ func TestPoolStatus(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := Status{Name: "eu", URL: "pool:round-robin", Up: true, Latency: time.Millisecond, Total: 7, UDP: unknown, IPv6: unknown, RemoteDNS: yes, Bind: no}
+	want := Status{Name: "eu", URL: "pool:round-robin", Up: true, Latency: time.Millisecond, Total: 7, UDP: unknown, IPv6: unknown, RemoteDNS: yes, Bind: unknown}
 	if got := StatusOf(p); got != want {
 		t.Errorf("%+v", got)
 	}

@@ -41,7 +41,7 @@ func newSOCKS4(name string, s Spec, n *Net) *SOCKS4 {
 // Status returns the counters and what the protocol can do.
 func (s *SOCKS4) Status() Status {
 	st := s.status()
-	st.UDP, st.IPv6, st.Bind = no, no, no
+	st.UDP, st.IPv6 = no, no
 	if st.RemoteDNS = no; s.names {
 		st.RemoteDNS = yes
 	}
@@ -73,7 +73,7 @@ func (s *SOCKS4) Dial(ctx context.Context, dst flow.Addr) (flow.Conn, error) {
 
 func (s *SOCKS4) dial(ctx context.Context, dst flow.Addr) (*TCPConn, error) {
 	op := "connect " + dst.String()
-	req, err := s.request(dst)
+	req, err := s.request(cmdConnect, dst)
 	if err != nil {
 		return nil, s.wrap(op, err)
 	}
@@ -85,8 +85,12 @@ func (s *SOCKS4) dial(ctx context.Context, dst flow.Addr) (*TCPConn, error) {
 		if _, err := c.Write(req); err != nil {
 			return fmt.Errorf("request: %w: %w", flow.ErrUpstream, err)
 		}
-		return readReply4(c)
+		_, err := readReply4(c)
+		return err
 	})
+	if err == nil {
+		c.bind = func(ctx context.Context) (flow.Binding, error) { return s.Bind(ctx, dst) }
+	}
 	if err != nil {
 		c.Abort()
 		return nil, s.ended(ctx, op, err)
@@ -95,7 +99,7 @@ func (s *SOCKS4) dial(ctx context.Context, dst flow.Addr) (*TCPConn, error) {
 }
 
 // request returns the one message of the client. For a name, the address is 0.0.0.1: never a destination, so it marks what follows.
-func (s *SOCKS4) request(dst flow.Addr) ([]byte, error) {
+func (s *SOCKS4) request(cmd byte, dst flow.Addr) ([]byte, error) {
 	ip := dst.IP.Unmap()
 	name := ""
 	switch {
@@ -113,7 +117,7 @@ func (s *SOCKS4) request(dst flow.Addr) ([]byte, error) {
 		return nil, fmt.Errorf("%w: a user id cannot contain a zero byte", flow.ErrUpstream)
 	}
 	v4 := ip.As4()
-	req := binary.BigEndian.AppendUint16([]byte{socks4Version, cmdConnect}, dst.Port)
+	req := binary.BigEndian.AppendUint16([]byte{socks4Version, cmd}, dst.Port)
 	req = append(append(append(req, v4[:]...), s.spec.Username...), 0)
 	if name != "" {
 		req = append(append(req, name...), 0)
@@ -145,22 +149,23 @@ func (e reply4Error) Unwrap() error {
 	return flow.ErrUpstream
 }
 
-// readReply4 reads the eight bytes of a reply. Its version is 0; some servers answer with their own.
-func readReply4(r io.Reader) error {
+// readReply4 reads the eight bytes of a reply and returns its address, which only BIND gives a meaning. Its version is 0; some servers answer
+// with their own.
+func readReply4(r io.Reader) (flow.Addr, error) {
 	var reply [8]byte
 	n, err := io.ReadFull(r, reply[:])
 	switch {
 	case n >= 1 && reply[0] != 0 && reply[0] != socks4Version:
-		return fmt.Errorf("reply: %w: not a SOCKS4 server: first byte %#02x", flow.ErrUpstream, reply[0])
+		return flow.Addr{}, fmt.Errorf("reply: %w: not a SOCKS4 server: first byte %#02x", flow.ErrUpstream, reply[0])
 	case n >= 2 && reply[1] != socks4Granted:
-		return reply4Error(reply[1])
+		return flow.Addr{}, reply4Error(reply[1])
 	case err == nil:
-		return nil
+		return flow.Addr{IP: netip.AddrFrom4([4]byte(reply[4:])), Port: binary.BigEndian.Uint16(reply[2:])}, nil
 	case timedOut(err):
 		// Whether the proxy hangs or the destination does cannot be told apart.
-		return fmt.Errorf("%w: no reply", flow.ErrTimeout)
+		return flow.Addr{}, fmt.Errorf("%w: no reply", flow.ErrTimeout)
 	case n == 0 && errors.Is(err, io.EOF):
-		return fmt.Errorf("reply: %w: %w", flow.ErrHostUnreachable, errNoReply)
+		return flow.Addr{}, fmt.Errorf("reply: %w: %w", flow.ErrHostUnreachable, errNoReply)
 	}
-	return fmt.Errorf("reply: %w: %w", flow.ErrUpstream, noEOF(err))
+	return flow.Addr{}, fmt.Errorf("reply: %w: %w", flow.ErrUpstream, noEOF(err))
 }

@@ -37,7 +37,7 @@ func TestSOCKS4Request(t *testing.T) {
 		{"socks4a://h", flow.Addr{Host: "a\x00b", Port: 1}, "", flow.ErrHostUnreachable},
 		{"socks4a://a%00b@h", both, "", flow.ErrUpstream},
 	} {
-		got, err := dialer(t, tt.url).(*SOCKS4).request(tt.dst)
+		got, err := dialer(t, tt.url).(*SOCKS4).request(cmdConnect, tt.dst)
 		if string(got) != tt.want || !errors.Is(err, tt.err) {
 			t.Errorf("%s %v: %q, %v", tt.url, tt.dst, got, err)
 		}
@@ -73,7 +73,7 @@ func TestSOCKS4Replies(t *testing.T) {
 				conns = append(conns, dialertest.Split(stream, i))
 			}
 			for i, c := range conns {
-				err := readReply4(c)
+				_, err := readReply4(c)
 				if tt.ok {
 					if err != nil || c.Rest() != tt.rest {
 						t.Fatalf("split %d: left %q, %v", i, c.Rest(), err)
@@ -136,7 +136,7 @@ func FuzzReadReply4(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, in []byte) {
 		r := bytes.NewReader(in)
-		if err := readReply4(r); err == nil && len(in)-r.Len() != 8 {
+		if _, err := readReply4(r); err == nil && len(in)-r.Len() != 8 {
 			t.Errorf("%x: took %d bytes", in, len(in)-r.Len())
 		} else if err != nil && strings.Contains(err.Error(), "\n") {
 			t.Error(err)

@@ -42,7 +42,7 @@ const maxSOCKSAddr = 1 + 1 + 255 + 2
 // errNoReply is how ssh -D, and every server that crashed, says no: it closes instead of replying.
 var errNoReply = errors.New("closed without a reply")
 
-// SOCKS5 is a SOCKS5 upstream (RFC 1928) with user/password (RFC 1929), CONNECT and UDP ASSOCIATE. As socks5h it is sent names; as socks5s
+// SOCKS5 is a SOCKS5 upstream (RFC 1928) with user/password (RFC 1929), CONNECT, BIND and UDP ASSOCIATE. As socks5h it is sent names; as socks5s
 // it is reached over TLS, and sent names.
 type SOCKS5 struct {
 	upstream
@@ -65,7 +65,6 @@ func newSOCKS5(name string, s Spec, n *Net) *SOCKS5 {
 // Status returns the counters and what has been learned.
 func (s *SOCKS5) Status() Status {
 	st := s.status()
-	st.Bind = no
 	if s.spec.UDP == UDPOff {
 		st.UDP = no
 	}
@@ -118,6 +117,7 @@ func (s *SOCKS5) dial(ctx context.Context, dst flow.Addr) (flow.Conn, error) {
 		return nil, s.ended(ctx, "connect "+dst.String(), err)
 	}
 	s.track(tcp)
+	tcp.bind = func(ctx context.Context) (flow.Binding, error) { return s.Bind(ctx, addr) }
 	return c, nil
 }
 

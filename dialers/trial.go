@@ -157,14 +157,15 @@ func (t *trial) socks5(d *SOCKS5) func(*transcript) error {
 
 func (t *trial) socks4(d *SOCKS4) func(*transcript) error {
 	return func(c *transcript) error {
-		req, err := d.request(t.dst)
+		req, err := d.request(cmdConnect, t.dst)
 		if err != nil {
 			return err
 		}
 		if _, err := c.Write(req); err != nil {
 			return err
 		}
-		return readReply4(c)
+		_, err = readReply4(c)
+		return err
 	}
 }
 

@@ -204,6 +204,23 @@ type SourceDialer interface {
 	DialFlow(ctx context.Context, f *Flow) (Conn, error)
 }
 
+// Binding is an upstream that listens for one connection. Exactly one of Accept and Close is called.
+type Binding interface {
+	// Addr is where the upstream listens.
+	Addr() netip.AddrPort
+	// Accept waits for the connection and returns it, and where it came from if the upstream says so.
+	Accept(ctx context.Context) (Conn, netip.AddrPort, error)
+	Close() error
+}
+
+// Bound is implemented by a Conn through an upstream that may be able to accept connections too (SOCKS BIND). What belongs to a connection,
+// an FTP data connection, must come by the same way.
+type Bound interface {
+	// Bind asks the upstream to accept one connection from the destination of this one, and returns when it listens. It wraps
+	// errors.ErrUnsupported if the upstream is known not to.
+	Bind(ctx context.Context) (Binding, error)
+}
+
 // Conn is a stream with half-close and abort. A Conn that also implements syscall.Conn is a plain socket: bytes may be moved to and from
 // its descriptor directly, nothing is buffered above it.
 type Conn interface {

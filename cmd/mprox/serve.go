@@ -40,7 +40,7 @@ func newServeCommand(g *globals) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "serve",
 		Short: "Run a proxy server: SOCKS and HTTP CONNECT on one port",
-		Long: `Runs a proxy server in the foreground: SOCKS4, SOCKS4a, SOCKS5 (CONNECT, UDP ASSOCIATE) and HTTP CONNECT on one port, told apart by the first
+		Long: `Runs a proxy server in the foreground: SOCKS4, SOCKS4a, SOCKS5 (CONNECT, BIND, UDP ASSOCIATE) and HTTP CONNECT on one port, told apart by the first
 byte. It needs no privilege and no daemon. With --user everybody must authenticate (HTTP: Basic or Digest; SOCKS4 cannot); without,
 everybody who reaches the port may use it.
 

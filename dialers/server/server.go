@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package server is a proxy server: SOCKS4, SOCKS4a, SOCKS5 (CONNECT, UDP ASSOCIATE) and HTTP CONNECT on one port. It is what `mprox serve` and
+// Package server is a proxy server: SOCKS4, SOCKS4a, SOCKS5 (CONNECT, BIND, UDP ASSOCIATE) and HTTP CONNECT on one port. It is what `mprox serve` and
 // `mprox demo` run, and an exit node.
 //
 // It is no part of the path of captured traffic. Where connections go to is a flow.Dialer: this machine, or any upstream for a chain.
@@ -27,6 +27,8 @@ const (
 	defaultMaxUDP    = 512 // 130 KB of buffers each
 	defaultHandshake = 10 * time.Second
 	defaultDial      = 15 * time.Second
+	defaultMaxBinds  = 256 // a listening port each
+	defaultBind      = 5 * time.Minute
 	defaultIdle      = 2 * time.Hour
 	defaultUDPIdle   = 5 * time.Minute
 	// readBuffer holds the longest SOCKS5 request, and bounds a line of an HTTP request.
@@ -53,8 +55,10 @@ type Config struct {
 
 	MaxConns         int           // open connections; 4096. More are closed at once.
 	MaxUDP           int           // open associations; 512. More are refused.
+	MaxBinds         int           // connections waited for (BIND); 256. More are refused.
 	HandshakeTimeout time.Duration // from accept to the whole request; 10 s
 	DialTimeout      time.Duration // to reach a destination; 15 s
+	BindTimeout      time.Duration // that somebody has to connect to a BIND; 5 min
 	IdleTimeout      time.Duration // of a TCP connection without a byte either way; 2 h
 	UDPIdleTimeout   time.Duration // of an association without a datagram either way; 5 min
 	Log              *zap.Logger
@@ -67,8 +71,11 @@ type Server struct {
 	// digest is nil unless passwords are known in the clear, which Digest needs.
 	digest *digestAuth
 
-	wg  sync.WaitGroup // connections and accept loops
-	udp chan struct{}  // a token an association
+	chain bool // the way out is another proxy, not this machine
+
+	wg    sync.WaitGroup // connections and accept loops
+	udp   chan struct{}  // a token an association
+	binds chan struct{}  // a token a BIND
 
 	mu        sync.Mutex
 	closed    bool
@@ -84,7 +91,8 @@ func New(cfg Config) (*Server, error) {
 	if cfg.Dialer != nil && cfg.Allow != nil {
 		return nil, errors.New("serve: allow needs this machine as the dialer")
 	}
-	if cfg.Dialer == nil {
+	chain := cfg.Dialer != nil
+	if !chain {
 		cfg.Dialer = dialers.NewExit("direct", cfg.Net, cfg.Allow)
 	}
 	if cfg.Log == nil {
@@ -92,12 +100,15 @@ func New(cfg Config) (*Server, error) {
 	}
 	cfg.MaxConns = or(cfg.MaxConns, defaultMaxConns)
 	cfg.MaxUDP = or(cfg.MaxUDP, defaultMaxUDP)
+	cfg.MaxBinds = or(cfg.MaxBinds, defaultMaxBinds)
+	cfg.BindTimeout = or(cfg.BindTimeout, defaultBind)
 	cfg.HandshakeTimeout = or(cfg.HandshakeTimeout, defaultHandshake)
 	cfg.DialTimeout = or(cfg.DialTimeout, defaultDial)
 	cfg.IdleTimeout = or(cfg.IdleTimeout, defaultIdle)
 	cfg.UDPIdleTimeout = or(cfg.UDPIdleTimeout, defaultUDPIdle)
 	s := &Server{
-		cfg: cfg, auth: cfg.Auth, udp: make(chan struct{}, cfg.MaxUDP), listeners: make(map[net.Listener]struct{}),
+		cfg: cfg, auth: cfg.Auth, chain: chain,
+		udp: make(chan struct{}, cfg.MaxUDP), binds: make(chan struct{}, cfg.MaxBinds), listeners: make(map[net.Listener]struct{}),
 		conns: make(map[*session]struct{}),
 	}
 	if s.auth == nil && cfg.Users != nil {

@@ -25,7 +25,7 @@ const (
 
 var errTooLong = errors.New("string too long")
 
-// socks4 serves SOCKS4 and SOCKS4a CONNECT. Neither has a password, so with users it is refused.
+// socks4 serves SOCKS4 and SOCKS4a. Neither has a password, so with users it is refused.
 func (c *session) socks4() error {
 	cmd, dst, err := readRequest4(c.in)
 	switch {
@@ -35,6 +35,8 @@ func (c *session) socks4() error {
 	case c.s.auth != nil:
 		c.refuse(reply4(socks4Ident, netip.AddrPort{}))
 		err = errAuth
+	case cmd == cmdBind:
+		return c.bind4(dst)
 	case cmd != cmdConnect:
 		c.refuse(reply4(socks4Rejected, netip.AddrPort{}))
 		err = fmt.Errorf("command %d: %w", cmd, errors.ErrUnsupported)

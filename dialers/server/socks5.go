@@ -64,6 +64,8 @@ func (c *session) socks5() error {
 	case err != nil:
 	case cmd == cmdConnect:
 		return c.socksConnect(dst)
+	case cmd == cmdBind:
+		return c.bind5(dst)
 	case cmd == cmdUDP:
 		return c.associate(dst)
 	default:

@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package dialers
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"time"
+
+	"github.com/mutex-proxy/mutex/flow"
+)
+
+const (
+	cmdBind = 2
+	// bindKeepAlive finds an upstream that dies while a binding waits for its connection, which may be for ever.
+	bindKeepAlive = keepAliveIdle
+)
+
+var (
+	_ Binder       = (*SOCKS4)(nil)
+	_ Binder       = (*SOCKS5)(nil)
+	_ flow.Binding = (*binding)(nil)
+)
+
+// Binder is an upstream that can be asked to accept connections.
+type Binder interface {
+	// Bind asks for one connection from peer and returns when the upstream listens for it, or refuses.
+	Bind(ctx context.Context, peer flow.Addr) (flow.Binding, error)
+}
+
+// binding is a BIND whose first reply has come: the server listens. It is one connection to the server, which becomes the stream of
+// whoever connects.
+type binding struct {
+	u    *upstream
+	op   string
+	tcp  *TCPConn
+	conn flow.Conn // tcp, or TLS over it
+	addr netip.AddrPort
+	next func(io.Reader) (flow.Addr, error) // reads the second reply
+}
+
+// Addr returns where the server listens. It is an address that can be given to others: see relayAddr.
+func (b *binding) Addr() netip.AddrPort { return b.addr }
+
+// Accept waits for the second reply: somebody has connected, from the address returned (invalid if the server does not say). The binding
+// has become the connection then, or, after an error, is closed.
+func (b *binding) Accept(ctx context.Context) (flow.Conn, netip.AddrPort, error) {
+	deadline, _ := ctx.Deadline() // none: keep-alive says when the server is dead
+	_ = b.conn.SetDeadline(deadline)
+	stop := context.AfterFunc(ctx, func() { _ = b.conn.SetDeadline(time.Unix(1, 0)) })
+	peer, err := b.next(b.conn)
+	if !stop() && err == nil {
+		err = context.Cause(ctx)
+	}
+	if err == nil {
+		err = b.conn.SetDeadline(time.Time{})
+	}
+	if err != nil {
+		b.tcp.Abort()
+		return nil, netip.AddrPort{}, b.u.ended(ctx, b.op+": waiting at "+b.addr.String(), err)
+	}
+	return b.conn, peer.AddrPort(), nil
+}
+
+// Close gives the binding up; the server stops listening. After Accept it does nothing.
+func (b *binding) Close() error { return b.tcp.Close() }
+
+// Bind asks the upstream to accept one connection from peer (RFC 1928 section 6): its address, or 0.0.0.0 or :: for anybody where the
+// server allows it. It returns when the server listens. Errors wrap errors.ErrUnsupported if the upstream has said that it cannot.
+func (s *SOCKS5) Bind(ctx context.Context, peer flow.Addr) (flow.Binding, error) {
+	op := "bind for " + peer.String()
+	addr, err := s.target(peer)
+	if err != nil {
+		return nil, s.wrap(op, err)
+	}
+	b := &binding{u: &s.upstream, op: op, next: readReply}
+	err = s.listen(ctx, b, func() (bound flow.Addr, err error) {
+		if b.conn, err = secure(ctx, b.tcp, s.tls); err != nil {
+			return bound, err
+		}
+		return s.request(b.conn, cmdBind, addr)
+	})
+	if err != nil {
+		return nil, err
+	}
+	return b, nil
+}
+
+// Bind asks the upstream to accept one connection from peer, an IPv4 address, or a name for socks4a.
+func (s *SOCKS4) Bind(ctx context.Context, peer flow.Addr) (flow.Binding, error) {
+	b := &binding{u: &s.upstream, op: "bind for " + peer.String(), next: readReply4}
+	req, err := s.request(cmdBind, peer)
+	if err != nil {
+		return nil, s.wrap(b.op, err)
+	}
+	err = s.listen(ctx, b, func() (flow.Addr, error) {
+		b.conn = b.tcp
+		if _, err := b.tcp.Write(req); err != nil {
+			return flow.Addr{}, fmt.Errorf("request: %w: %w", flow.ErrUpstream, err)
+		}
+		return readReply4(b.tcp)
+	})
+	if err != nil {
+		return nil, err
+	}
+	return b, nil
+}
+
+// listen takes b to its first reply, and counts it as an attempt.
+func (u *upstream) listen(ctx context.Context, b *binding, ask func() (flow.Addr, error)) error {
+	if !u.bind.allowed() {
+		return u.wrap(b.op, fmt.Errorf("%w: the upstream has no BIND", errors.ErrUnsupported))
+	}
+	tcp, err := u.connect(ctx)
+	if err != nil {
+		u.done(err)
+		return err
+	}
+	b.tcp = tcp
+	err = handshake(ctx, tcp, func() error {
+		bound, err := ask()
+		if err != nil {
+			return err
+		}
+		b.addr, err = relayAddr(bound, tcp.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap())
+		return err
+	})
+	u.learnBind(err)
+	if err != nil {
+		tcp.Abort()
+		err = u.ended(ctx, b.op, err)
+		u.done(err)
+		return err
+	}
+	_ = tcp.SetKeepAlivePeriod(bindKeepAlive)
+	u.done(nil)
+	u.track(tcp)
+	return nil
+}
+
+// learnBind notes what an answer says about BIND. SOCKS4 has one code for "no such command" and "not for you"; ssh -D closes.
+func (u *upstream) learnBind(err error) {
+	var rep replyError
+	var rep4 reply4Error
+	switch {
+	case err == nil:
+		u.bind.can()
+	case errors.As(err, &rep) && rep == repUnsupported:
+		u.bind.cannot()
+	case errors.As(err, &rep4), errors.Is(err, errNoReply) && !errors.Is(err, flow.ErrUpstream):
+		u.bind.doubt()
+	}
+}
