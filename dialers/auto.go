@@ -125,6 +125,24 @@ func (a *Auto) ListenPacket(ctx context.Context, f *flow.Flow) (flow.PacketConn,
 	return pc, err
 }
 
+// Bind asks for a connection if the upstream is a SOCKS server.
+func (a *Auto) Bind(ctx context.Context, peer flow.Addr) (flow.Binding, error) {
+	if a.off() {
+		return nil, a.wrap("bind", errOff)
+	}
+	d, err := a.find(ctx)
+	if err != nil {
+		return nil, err
+	}
+	binder, ok := d.Dialer.(Binder)
+	if !ok {
+		return nil, a.wrap("bind", errors.ErrUnsupported)
+	}
+	b, err := binder.Bind(ctx, peer)
+	a.judge(err)
+	return b, err
+}
+
 // judge notes that the upstream may not be what it was.
 func (a *Auto) judge(err error) {
 	if errors.Is(err, flow.ErrUpstream) && !errors.Is(err, errOff) {

@@ -23,6 +23,7 @@ const (
 var (
 	_ Binder       = (*SOCKS4)(nil)
 	_ Binder       = (*SOCKS5)(nil)
+	_ Binder       = (*Auto)(nil)
 	_ flow.Binding = (*binding)(nil)
 )
 

@@ -122,6 +122,19 @@ func buildUpstreams(cfg *config.Config, net *dialers.Net, old *upstreams) (*upst
 	return u, nil
 }
 
+// Upstream returns an upstream or a pool of a configuration that Check accepts.
+func Upstream(cfg *config.Config, name string, net *dialers.Net) (flow.Dialer, error) {
+	u, err := buildUpstreams(cfg, net, nil)
+	if err != nil {
+		return nil, err
+	}
+	d, ok := u.dialers[name]
+	if !ok {
+		return nil, fmt.Errorf("no upstream %q in the configuration", name)
+	}
+	return d, nil
+}
+
 // add makes one upstream.
 func (u *upstreams) add(name string, net *dialers.Net, old *upstreams) error {
 	c := u.cfg.Upstreams[name]
