@@ -117,7 +117,7 @@ func (a *applier) nft() error {
 		}
 	}
 	var remove []string
-	for _, name := range []string{base, base + "-dns"} {
+	for _, name := range []string{base, base + "-dns", base + egressSuffix} {
 		if _, ok := there[name]; ok && text[name] == "" {
 			remove = append(remove, name)
 		}
@@ -126,8 +126,17 @@ func (a *applier) nft() error {
 		return nil
 	}
 	a.replacing()
-	if err := a.host.ApplyNFT(a.plan.Tables, remove); err != nil {
+	// Apart from the rest: a device that has just vanished must not keep the guard out.
+	devices := slices.DeleteFunc(slices.Clone(a.plan.Tables), func(t NFTable) bool { return !ofNetdev(t.Name) })
+	inet := slices.DeleteFunc(slices.Clone(a.plan.Tables), func(t NFTable) bool { return ofNetdev(t.Name) })
+	if err := a.host.ApplyNFT(inet, remove); err != nil {
 		return err
+	}
+	if len(devices) > 0 {
+		if err := a.host.ApplyNFT(devices, nil); err != nil {
+			a.warn(devices[0].Name, "packet sockets are not guarded until the next change of a device", zap.Error(err))
+			delete(text, devices[0].Name)
+		}
 	}
 	clear(a.nftText)
 	clear(a.nftPrint)
@@ -275,7 +284,7 @@ func (t *teardown) run(ctx context.Context) error {
 		t.errs = append(t.errs, err)
 	}
 	var tables []string
-	for _, name := range []string{j.NFT + "-dns", j.NFT} {
+	for _, name := range []string{j.NFT + "-dns", j.NFT + egressSuffix, j.NFT} {
 		if _, ok := there[name]; ok {
 			tables = append(tables, name)
 		}

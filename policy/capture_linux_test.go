@@ -234,6 +234,7 @@ func TestGuardsMatter(t *testing.T) {
 			l := newLab(t)
 			l.up()
 			l.die()
+			l.sh("nft delete table netdev mprox-egress || true") // stops the same a second time: see TestPacketSockets
 			l.sh(tt.remove)
 			if got := l.leaks(tt.ways()); len(got) == 0 {
 				t.Errorf("nothing leaks without it\n%s", l.state())

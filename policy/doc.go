@@ -38,7 +38,8 @@
 //	err = cg.Wait(ctx)                                 // until the last process has gone
 //	m.Close(ctx, policy.StopOpen)                      // or, for a lease: context taken out of spec, m.Apply, cg.Remove, m.ReleaseSlot
 //
-// Limits. AF_PACKET sockets (CAP_NET_RAW) pass routes, nftables' output and postrouting and cgroup programs: not captured, not guarded. What
+// Limits. AF_PACKET sockets (CAP_NET_RAW) pass routes, nftables' output and postrouting and cgroup programs. In ModeGlobal, where the kernel has
+// an egress hook (5.16), IP packets that they send by an uplink are dropped unless they carry a mark; other contexts do not guard them. What
 // is flushed from nftables is back within a second; until then SO_BINDTODEVICE over IPv6 and marks set by privileged processes get out, and
 // with cgroups marked by nftables alone everything does. Without a writable cgroup v2 the bypass mark counts for every process of the
 // daemon's uid. UDP servers on an ephemeral port that were bound before the start answer through the TUN: they look like clients. Traffic

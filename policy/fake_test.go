@@ -308,7 +308,7 @@ func deskSnapshot() Snapshot {
 	pfx, addr := netip.MustParsePrefix, netip.MustParseAddr
 	return Snapshot{
 		IPv6:  true,
-		Links: []Link{{1, "lo", true, true}, {2, "eth0", true, false}, {3, "docker0", true, false}},
+		Links: []Link{{1, "lo", true, true, false}, {2, "eth0", true, false, true}, {3, "docker0", true, false, true}},
 		Addrs: []IfAddr{
 			{Link: 1, Prefix: pfx("127.0.0.1/8"), Unusable: true},
 			{Link: 2, Prefix: pfx("192.168.1.20/24")},

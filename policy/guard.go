@@ -64,6 +64,9 @@ func nftTables(s Spec, snap Snapshot, direct map[int]directSets) []NFTable {
 	if t, ok := g.redirect(); ok {
 		tables = append(tables, t)
 	}
+	if t, ok := g.egress(); ok {
+		tables = append(tables, t)
+	}
 	return tables
 }
 

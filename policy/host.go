@@ -87,6 +87,7 @@ type Features struct {
 	Cgroup2     bool // a writable cgroup v2 mount
 	NFTSocket   bool // nft `socket cgroupv2`
 	NFTOwner    bool // tables that die with their maker (kernel ≥ 5.12)
+	NFTEgress   bool // netdev chains on the egress hook (kernel ≥ 5.16, CONFIG_NETFILTER_EGRESS)
 	BPFSockMark bool // cgroup/sock_create programs
 }
 
@@ -114,6 +115,7 @@ type Link struct {
 	Name     string
 	Up       bool
 	Loopback bool
+	Ethernet bool // its frames begin with an Ethernet header
 }
 
 // IfAddr is one address of a device.

@@ -394,9 +394,21 @@ func (m *Manager) ReleaseSlot(slot int) {
 
 // keepDroppedLocked saves the guard's counter: a replaced table starts from zero.
 func (m *Manager) keepDroppedLocked() {
-	if n, err := m.host.NFCounter(m.spec.Instance.tableName(), guardCounter); err == nil {
-		m.dropped += n
+	m.dropped += m.droppedLocked()
+}
+
+// droppedLocked is what the guard tables that stand have dropped.
+func (m *Manager) droppedLocked() (sum uint64) {
+	for _, suffix := range []string{"", egressSuffix} {
+		name := m.spec.Instance.tableName() + suffix
+		if _, ok := m.nftText[name]; !ok {
+			continue
+		}
+		if n, err := m.host.NFCounter(name, guardCounter); err == nil {
+			sum += n
+		}
 	}
+	return sum
 }
 
 // Stats returns counters since Prepare.
@@ -407,9 +419,7 @@ func (m *Manager) Stats() Stats {
 	name := m.spec.Instance.tableName()
 	if _, ok := m.nftText[name]; ok && !m.closed {
 		s.GuardActive = true
-		if n, err := m.host.NFCounter(name, guardCounter); err == nil {
-			s.GuardDropped += n
-		}
+		s.GuardDropped += m.droppedLocked()
 	}
 	return s
 }

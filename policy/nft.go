@@ -44,7 +44,8 @@ type addrRange struct{ from, to netip.Addr }
 type nfChain struct {
 	name     string
 	typ      string // filter, route, nat
-	hook     string // prerouting, output, postrouting
+	hook     string // prerouting, output, postrouting; egress of a device, in a netdev table
+	device   string
 	priority int32
 	rules    []nfRule
 }
@@ -90,6 +91,16 @@ type (
 	stTupleIn struct {
 		v6, in bool
 		set    string
+	}
+	// stFrameType matches, in a netdev table, the type in the frame itself, not what its sender has told the kernel.
+	stFrameType struct {
+		proto    uint16
+		ethernet bool
+	}
+	// stFrameAddrIn is stAddrIn behind a stFrameType: there is no protocol family in a netdev table.
+	stFrameAddrIn struct {
+		v6  bool
+		set string
 	}
 	stSYN   struct{} // SYN and neither ACK, RST nor FIN
 	stCtNew struct{}
@@ -164,6 +175,15 @@ func (s stPort) String() string {
 func (s stPortNotIn) String() string { return "th dport != @" + s.set }
 
 func (s stAddrIn) String() string { return ip(s.v6) + " daddr @" + s.set }
+
+func (s stFrameType) String() string {
+	if s.ethernet {
+		return fmt.Sprintf("ether type %#04x", s.proto)
+	}
+	return fmt.Sprintf("meta protocol %#04x", s.proto)
+}
+
+func (s stFrameAddrIn) String() string { return ip(s.v6) + " daddr @" + s.set }
 
 func (s stTupleIn) String() string {
 	f := ip(s.v6)
@@ -255,7 +275,11 @@ func nfProto(p uint8) string {
 // String is the table as `nft list table` would print it, but for the spelling of what nft abbreviates.
 func (t NFTable) String() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "table inet %s {\n", t.Name)
+	family := "inet"
+	if ofNetdev(t.Name) {
+		family = "netdev"
+	}
+	fmt.Fprintf(&b, "table %s %s {\n", family, t.Name)
 	if t.owner {
 		b.WriteString("\tflags owner\n")
 	}
@@ -268,7 +292,11 @@ func (t NFTable) String() string {
 	for _, c := range t.chains {
 		fmt.Fprintf(&b, "\tchain %s {\n", c.name)
 		if c.hook != "" {
-			fmt.Fprintf(&b, "\t\ttype %s hook %s priority %d; policy accept\n", c.typ, c.hook, c.priority)
+			hook := c.hook
+			if c.device != "" {
+				hook += fmt.Sprintf(" device %q", c.device)
+			}
+			fmt.Fprintf(&b, "\t\ttype %s hook %s priority %d; policy accept\n", c.typ, hook, c.priority)
 		}
 		for _, r := range c.rules {
 			words := make([]string, len(r))

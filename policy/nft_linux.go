@@ -17,6 +17,7 @@ const (
 	reg1   = unix.NFT_REG_1
 	reg32  = 8 // NFT_REG32_00
 	nfInet = 1 // NFPROTO_INET
+	nfDev  = 5 // NFPROTO_NETDEV
 )
 
 func native32(v uint32) []byte { return binary.NativeEndian.AppendUint32(nil, v) }
@@ -92,6 +93,13 @@ func stmtExprs2(s nfStmt) ([]expr.Any, error) {
 	case stOwned:
 		// The load itself fails without a process: any value will do.
 		return []expr.Any{&expr.Meta{Key: expr.MetaKeySKUID, Register: reg1}, &expr.Cmp{Op: expr.CmpOpLte, Register: reg1, Data: native32(^uint32(0))}}, nil
+	case stFrameType:
+		if !s.ethernet {
+			return []expr.Any{&expr.Meta{Key: expr.MetaKeyPROTOCOL, Register: reg1}, cmpReg(false, be16(s.proto))}, nil
+		}
+		return []expr.Any{&expr.Payload{DestRegister: reg1, Base: expr.PayloadBaseLLHeader, Offset: 12, Len: 2}, cmpReg(false, be16(s.proto))}, nil
+	case stFrameAddrIn:
+		return []expr.Any{nhAddr(s.v6, false, reg1), &expr.Lookup{SourceRegister: reg1, SetName: s.set}}, nil
 	case stCtNew:
 		const stateNew = 8 // NF_CT_STATE_BIT(IP_CT_NEW)
 		return []expr.Any{&expr.Ct{Key: expr.CtKeySTATE, Register: reg1}, masked(native32(stateNew), native32(0)), cmpReg(true, native32(0))}, nil

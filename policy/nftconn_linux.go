@@ -23,6 +23,7 @@ import (
 // Not in x/sys/unix.
 const (
 	tableFlagOwner  = 2 // NFT_TABLE_F_OWNER, kernel 5.12
+	nfEgress        = 1 // NF_NETDEV_EGRESS
 	nftaHookNum     = unix.NFTA_HOOK_HOOKNUM
 	maxSetBatch     = 500 // elements a message: a netlink attribute holds 64 KiB
 	nftReplyTimeout = 5 * time.Second
@@ -172,10 +173,18 @@ func batchMsg(typ uint16) netlink.Message {
 	}
 }
 
-func nftMsg(typ uint16, flags netlink.HeaderFlags, attrs []byte) netlink.Message {
+// familyOf is the protocol family of one of our tables.
+func familyOf(table string) byte {
+	if ofNetdev(table) {
+		return nfDev
+	}
+	return nfInet
+}
+
+func nftMsg(family byte, typ uint16, flags netlink.HeaderFlags, attrs []byte) netlink.Message {
 	return netlink.Message{
 		Header: netlink.Header{Type: netlink.HeaderType(unix.NFNL_SUBSYS_NFTABLES<<8 | typ), Flags: netlink.Request | flags},
-		Data:   append([]byte{nfInet, unix.NFNETLINK_V0, 0, 0}, attrs...),
+		Data:   append([]byte{family, unix.NFNETLINK_V0, 0, 0}, attrs...),
 	}
 }
 
@@ -189,7 +198,7 @@ func tableMsg(typ uint16, name string, flags uint32) netlink.Message {
 		create = netlink.Create
 	}
 	b, _ := e.Encode() // a name and a number cannot fail
-	return nftMsg(typ, create, b)
+	return nftMsg(familyOf(name), typ, create, b)
 }
 
 // tableMsgs makes a table from nothing: created if it is missing, so that it can be deleted, so that it can be created as wanted.
@@ -208,7 +217,7 @@ func tableMsgs(t NFTable) ([]netlink.Message, error) {
 		errs = errors.Join(errs, fill(e))
 		b, err := e.Encode()
 		errs = errors.Join(errs, err)
-		msgs = append(msgs, nftMsg(typ, netlink.Create|flags, b))
+		msgs = append(msgs, nftMsg(familyOf(t.Name), typ, netlink.Create|flags, b))
 	}
 	for _, c := range t.counters {
 		add(unix.NFT_MSG_NEWOBJ, 0, func(e *netlink.AttributeEncoder) error {
@@ -242,13 +251,16 @@ func encodeChain(e *netlink.AttributeEncoder, table string, c nfChain) error {
 	if c.hook == "" {
 		return nil
 	}
-	hook, ok := map[string]uint32{"prerouting": unix.NF_INET_PRE_ROUTING, "output": unix.NF_INET_LOCAL_OUT, "postrouting": unix.NF_INET_POST_ROUTING}[c.hook]
+	hook, ok := map[string]uint32{"prerouting": unix.NF_INET_PRE_ROUTING, "output": unix.NF_INET_LOCAL_OUT, "postrouting": unix.NF_INET_POST_ROUTING, "egress": nfEgress}[c.hook]
 	if !ok {
 		return fmt.Errorf("nft hook %q", c.hook)
 	}
 	e.Nested(unix.NFTA_CHAIN_HOOK, func(e *netlink.AttributeEncoder) error {
 		e.Uint32(nftaHookNum, hook)
 		e.Uint32(unix.NFTA_HOOK_PRIORITY, uint32(c.priority))
+		if c.device != "" {
+			e.String(unix.NFTA_HOOK_DEV, c.device)
+		}
 		return nil
 	})
 	e.Uint32(unix.NFTA_CHAIN_POLICY, 1) // NF_ACCEPT
@@ -265,7 +277,7 @@ func encodeRule(e *netlink.AttributeEncoder, table, chain string, r nfRule) erro
 	e.String(unix.NFTA_RULE_CHAIN, chain)
 	e.Nested(unix.NFTA_RULE_EXPRESSIONS, func(e *netlink.AttributeEncoder) error {
 		for _, x := range es {
-			b, err := expr.Marshal(nfInet, x)
+			b, err := expr.Marshal(familyOf(table), x)
 			if err != nil {
 				return err
 			}
@@ -314,18 +326,18 @@ func encodeElements(e *netlink.AttributeEncoder, table, set string, els []elemen
 	return nil
 }
 
-// tables returns a fingerprint of every inet table whose name starts with prefix.
+// tables returns a fingerprint of every table of ours whose name starts with prefix.
 func (n *nftConn) tables(prefix string) (map[string]string, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	out := map[string]string{}
-	list, err := n.listLocked(unix.NFT_MSG_GETTABLE, nil)
+	list, err := n.listLocked(unix.AF_UNSPEC, unix.NFT_MSG_GETTABLE, nil)
 	if err != nil {
 		return nil, err
 	}
 	for _, m := range list {
 		name := attrString(m, unix.NFTA_TABLE_NAME)
-		if m[0] != nfInet || !strings.HasPrefix(name, prefix) {
+		if m[0] != familyOf(name) || !strings.HasPrefix(name, prefix) {
 			continue
 		}
 		if out[name], err = n.fingerprintLocked(name); err != nil {
@@ -347,12 +359,12 @@ func (n *nftConn) fingerprintLocked(table string) (string, error) {
 		{unix.NFT_MSG_GETRULE, []uint16{unix.NFTA_RULE_CHAIN, unix.NFTA_RULE_EXPRESSIONS}},
 		{unix.NFT_MSG_GETSET, []uint16{unix.NFTA_SET_NAME, unix.NFTA_SET_FLAGS, unix.NFTA_SET_KEY_LEN}},
 	} {
-		list, err := n.listLocked(kind.get, byTable)
+		list, err := n.listLocked(familyOf(table), kind.get, byTable)
 		if err != nil {
 			return "", err
 		}
 		for _, m := range list {
-			if m[0] != nfInet || attrString(m, 1) != table {
+			if m[0] != familyOf(table) || attrString(m, 1) != table {
 				continue
 			}
 			_, _ = h.Write(attrBytes(m, kind.keep)) // a hash takes everything
@@ -371,7 +383,7 @@ func (n *nftConn) fingerprintLocked(table string) (string, error) {
 
 // elementsLocked returns the keys of a set in an order of their own: the kernel's is not fixed.
 func (n *nftConn) elementsLocked(table, set string) ([]byte, error) {
-	list, err := n.listLocked(unix.NFT_MSG_GETSETELEM, func(e *netlink.AttributeEncoder) {
+	list, err := n.listLocked(familyOf(table), unix.NFT_MSG_GETSETELEM, func(e *netlink.AttributeEncoder) {
 		e.String(unix.NFTA_SET_ELEM_LIST_TABLE, table)
 		e.String(unix.NFTA_SET_ELEM_LIST_SET, set)
 	})
@@ -394,7 +406,7 @@ func (n *nftConn) elementsLocked(table, set string) ([]byte, error) {
 }
 
 // listLocked dumps objects: each is the message's data, nfgenmsg first.
-func (n *nftConn) listLocked(get uint16, filter func(*netlink.AttributeEncoder)) ([][]byte, error) {
+func (n *nftConn) listLocked(family byte, get uint16, filter func(*netlink.AttributeEncoder)) ([][]byte, error) {
 	e := netlink.NewAttributeEncoder()
 	e.ByteOrder = binary.BigEndian
 	if filter != nil {
@@ -407,7 +419,7 @@ func (n *nftConn) listLocked(get uint16, filter func(*netlink.AttributeEncoder))
 	if err := n.dump.SetDeadline(time.Now().Add(nftReplyTimeout)); err != nil {
 		return nil, err
 	}
-	msgs, err := n.dump.Execute(nftMsg(get, netlink.Dump, b))
+	msgs, err := n.dump.Execute(nftMsg(family, get, netlink.Dump, b))
 	if err != nil {
 		if errors.Is(err, unix.ENOENT) {
 			return nil, nil // gone since it was listed
@@ -427,12 +439,12 @@ func (n *nftConn) listLocked(get uint16, filter func(*netlink.AttributeEncoder))
 func (n *nftConn) counter(table, name string) (uint64, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	list, err := n.listLocked(unix.NFT_MSG_GETOBJ, func(e *netlink.AttributeEncoder) { e.String(unix.NFTA_OBJ_TABLE, table) })
+	list, err := n.listLocked(familyOf(table), unix.NFT_MSG_GETOBJ, func(e *netlink.AttributeEncoder) { e.String(unix.NFTA_OBJ_TABLE, table) })
 	if err != nil {
 		return 0, err
 	}
 	for _, m := range list {
-		if m[0] != nfInet || attrString(m, unix.NFTA_OBJ_TABLE) != table || attrString(m, unix.NFTA_OBJ_NAME) != name {
+		if m[0] != familyOf(table) || attrString(m, unix.NFTA_OBJ_TABLE) != table || attrString(m, unix.NFTA_OBJ_NAME) != name {
 			continue
 		}
 		for _, a := range attrs(m[4:]) {
@@ -447,45 +459,4 @@ func (n *nftConn) counter(table, name string) (uint64, error) {
 		}
 	}
 	return 0, fmt.Errorf("nftables counter %s %s: %w", table, name, os.ErrNotExist)
-}
-
-type attr struct {
-	typ  uint16
-	data []byte
-}
-
-// attrs splits netlink attributes; what is cut off is left out.
-func attrs(b []byte) []attr {
-	var out []attr
-	for len(b) >= 4 {
-		size := int(binary.NativeEndian.Uint16(b))
-		if size < 4 || size > len(b) {
-			break
-		}
-		out = append(out, attr{binary.NativeEndian.Uint16(b[2:]) &^ (unix.NLA_F_NESTED | unix.NLA_F_NET_BYTEORDER), b[4:size]})
-		b = b[min(len(b), (size+3)&^3):]
-	}
-	return out
-}
-
-func attrString(msg []byte, typ uint16) string {
-	for _, a := range attrs(msg[4:]) {
-		if a.typ == typ {
-			return strings.TrimRight(string(a.data), "\x00")
-		}
-	}
-	return ""
-}
-
-// attrBytes joins the attributes of some types, each with its type and length.
-func attrBytes(msg []byte, keep []uint16) []byte {
-	var out []byte
-	for _, a := range attrs(msg[4:]) {
-		if slices.Contains(keep, a.typ) {
-			out = binary.BigEndian.AppendUint16(out, a.typ)
-			out = binary.BigEndian.AppendUint32(out, uint32(len(a.data)))
-			out = append(out, a.data...)
-		}
-	}
-	return out
 }

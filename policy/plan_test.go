@@ -67,6 +67,11 @@ func TestPlanGolden(t *testing.T) {
 				Flows:   []Tuple{{Local: netip.MustParseAddrPort("192.168.1.20:40000"), Remote: netip.MustParseAddrPort("198.51.100.22:22")}},
 			}
 		}},
+		{"global-egress", globalSpec, func(s *Snapshot) {
+			s.Daemon.Cgroup, s.Features.NFTEgress = service, true
+			s.Links = append(s.Links, Link{Index: 4, Name: "ppp0", Up: true})
+			s.Routes = append(s.Routes, Route{Table: 254, Dst: netip.MustParsePrefix("0.0.0.0/0"), Dev: "ppp0", Metric: 900})
+		}},
 		{"run", runSpec, func(*Snapshot) {}},
 		{"run-nft", runSpec, func(s *Snapshot) { s.Features.BPFSockMark = false }},
 		{"run-dead", func() Spec { return closedSpec(runSpec()) }, func(*Snapshot) {}},

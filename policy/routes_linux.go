@@ -40,7 +40,7 @@ func (h *LinuxHost) snapshot(ctx context.Context, base int) (Snapshot, error) {
 	for _, l := range links {
 		a := l.Attrs()
 		names[a.Index] = a.Name
-		s.Links = append(s.Links, Link{Index: a.Index, Name: a.Name, Up: a.Flags&net.FlagUp != 0, Loopback: a.Flags&net.FlagLoopback != 0})
+		s.Links = append(s.Links, Link{Index: a.Index, Name: a.Name, Up: a.Flags&net.FlagUp != 0, Loopback: a.Flags&net.FlagLoopback != 0, Ethernet: a.EncapType == "ether"})
 	}
 	_, err = os.Stat("/proc/sys/net/ipv6")
 	s.IPv6 = err == nil

@@ -61,6 +61,8 @@ func Probes() []Probe {
 			return sendUDP("udp"+fam, netip.AddrPortFrom(dst, probePort), make([]byte, 4000), bindToDevice)
 		})
 	}
+	add("packet4", func() error { return packetProbe(ClientV4, OriginV4, probePort) })
+	add("packet6", func() error { return packetProbe(ClientV6, OriginV6, probePort) })
 	add("udp4 multicast", func() error { return sendUDP("udp4", netip.MustParseAddrPort("239.1.2.3:9999"), []byte("x"), nil) })
 	return append(ps, DNSProbes()...)
 }
