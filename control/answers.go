@@ -240,8 +240,16 @@ func postShutdown(c *call) (any, error) {
 	if err := noBody(c); err != nil {
 		return nil, err
 	}
-	c.audit("shutdown")
+	keep := c.query.Get("keep")
+	if keep != "" && keep != "closed" {
+		return nil, badRequest("keep", "%q is not closed", keep)
+	}
+	c.audit("shutdown", zap.String("keep", keep))
 	c.Publish(Event{Kind: "stopping", UID: int64(c.peer.UID), Message: "asked to stop"})
+	if keep != "" {
+		c.cfg.Backend.StopClosed()
+		return nil, nil
+	}
 	c.cfg.Backend.Stop()
 	return nil, nil
 }

@@ -111,8 +111,9 @@ type Backend interface {
 	Whose(ctx context.Context, pid int) (Capture, error)
 	// Lease makes, or joins, a context for the peer; ctx bounds the making. The server calls Close exactly once, when the connection ends.
 	Lease(ctx context.Context, r LeaseRequest, p Peer) (Lease, error)
-	// Stop begins the daemon's orderly end and returns at once.
+	// Stop begins the daemon's orderly end and returns at once; StopClosed leaves what is captured blocked.
 	Stop()
+	StopClosed()
 }
 
 // Lease is a context that lives as long as a connection.

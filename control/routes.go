@@ -79,7 +79,7 @@ func (s *Server) routes() []route {
 		{method: "GET", path: "/v1/events", stream: getEvents},
 		{method: "POST", path: "/v1/reload", limit: reloadLimit, answer: postReload},
 		{method: "POST", path: "/v1/leases", open: true, limit: leaseLimit, stream: postLease},
-		{method: "POST", path: "/v1/shutdown", answer: postShutdown},
+		{method: "POST", path: "/v1/shutdown", query: []string{"keep"}, answer: postShutdown},
 		{method: "GET", path: "/v1/openapi.yaml", open: true, answer: getOpenAPI},
 	}
 }

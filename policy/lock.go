@@ -3,11 +3,13 @@
 package policy
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -28,13 +30,33 @@ type locks struct {
 
 // lockInstance takes the locks of an instance. ErrConflict names who has them.
 func lockInstance(dir string, in Instance, ns Netns) (*locks, error) {
+	l, err := tryLockInstance(dir, in, ns)
+	// A watcher is done in milliseconds; whoever starts meanwhile adopts what it leaves.
+	for end := time.Now().Add(openingPatience); errors.Is(err, ErrConflict) && strings.Contains(err.Error(), opening) && time.Now().Before(end); {
+		wait(context.Background(), openingPause)
+		l, err = tryLockInstance(dir, in, ns)
+	}
+	return l, err
+}
+
+const (
+	openingPatience = 5 * time.Second
+	openingPause    = 10 * time.Millisecond
+)
+
+// daemonLock is the lock of the one daemon of a network namespace.
+func daemonLock(dir string, ns Netns) string {
+	return filepath.Join(dir, fmt.Sprintf("netns-%d.lock", ns.Inode))
+}
+
+func tryLockInstance(dir string, in Instance, ns Netns) (*locks, error) {
 	l := &locks{}
 	var err error
 	if l.journal, err = lockFile(in.Journal+".lock", in); err != nil {
 		return nil, err
 	}
 	if !in.Run {
-		if l.daemon, err = lockFile(filepath.Join(dir, fmt.Sprintf("netns-%d.lock", ns.Inode)), in); err != nil {
+		if l.daemon, err = lockFile(daemonLock(dir, ns), in); err != nil {
 			l.close()
 			return nil, err
 		}
@@ -77,7 +99,11 @@ func lockFile(name string, in Instance) (*os.File, error) {
 				f.Close()
 				return nil, err
 			}
-			_, err := f.WriteAt(fmt.Appendf(nil, "pid %d, socket %s\n", os.Getpid(), in.Socket), 0)
+			who := fmt.Sprintf("pid %d, socket %s", os.Getpid(), in.Socket)
+			if in.opening {
+				who += ", " + opening
+			}
+			_, err := f.WriteAt([]byte(who+"\n"), 0)
 			return f, err
 		}
 		f.Close()

@@ -266,6 +266,10 @@ func (m *Manager) recordLocked(spec Spec, plan *Plan) error {
 			m.journal.Sysctls[s.Key] = have
 		}
 	}
+	reopen := m.journal.Reopen
+	if m.journal.Reopen = staysClosed(spec); !sameClosed(reopen, m.journal.Reopen) {
+		return m.journal.write(spec.Instance.Journal)
+	}
 	if reflect.DeepEqual(contexts, m.journal.Contexts) && maps.Equal(sysctls, m.journal.Sysctls) {
 		return nil
 	}

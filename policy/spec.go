@@ -70,6 +70,7 @@ const (
 type Instance struct {
 	Socket  string // control socket; also the name of the instance in messages
 	Journal string // state.json beside the socket
+	opening bool   // a watcher, after a crash
 	Run     bool   // an engine of `mprox run`: shares the namespace with others, each with slots of its own
 }
 

@@ -41,6 +41,7 @@ type journal struct {
 	Cgroups      []string          `json:"cgroups,omitempty"` // made by us
 	Moved        []movedProcess    `json:"moved,omitempty"`
 	Sockets      Sockets           `json:"sockets"`
+	Reopen       *Spec             `json:"reopen,omitempty"` // what stays closed after a crash, unless that is everything
 }
 
 // journalContext is one slot in use.
@@ -115,6 +116,14 @@ func (j *journal) check() error {
 	j.Mask, j.TableBase, j.RulePriority = s.Mask, s.TableBase, s.RulePriority
 	if j.NFT != "mprox" && !strings.HasPrefix(j.NFT, "mprox-") {
 		return fmt.Errorf("nftables table %q is not ours", j.NFT)
+	}
+	if r := j.Reopen; r != nil {
+		if err := r.validate(); err != nil {
+			return err
+		}
+		if r.Mask != j.Mask || r.TableBase != j.TableBase || r.RulePriority != j.RulePriority {
+			return errors.New("what stays closed has other settings than the rest")
+		}
 	}
 	for key, value := range j.Sysctls {
 		if !ownSysctl(key) {

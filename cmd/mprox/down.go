@@ -22,21 +22,30 @@ import (
 )
 
 func newDownCommand(g *globals) *cobra.Command {
-	return &cobra.Command{
+	var closed bool
+	cmd := &cobra.Command{
 		Use:   "down",
 		Short: "Stop the daemon and undo everything",
 		Long: `Stops the daemon and returns when it has undone what it had changed on this machine, save what on_stop: block keeps. Where no daemon runs it
-removes whatever a crash has left behind, as "mprox cleanup" does.`,
-		Example: examples("sudo mprox down"),
+removes whatever a crash has left behind, as "mprox cleanup" does. With --keep-closed everything captured stays blocked until the next "mprox up":
+for an upgrade.`,
+		Example: examples("sudo mprox down", "sudo mprox down --keep-closed && install mprox /usr/local/bin/ && sudo mprox up"),
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			err := g.ask(cmd, changeTimeout, func(ctx context.Context, c *client.Client) error { return c.Shutdown(ctx) })
-			if !errors.Is(err, client.ErrUnreachable) {
+			err := g.ask(cmd, changeTimeout, func(ctx context.Context, c *client.Client) error {
+				if closed {
+					return c.ShutdownClosed(ctx)
+				}
+				return c.Shutdown(ctx)
+			})
+			if closed || !errors.Is(err, client.ErrUnreachable) {
 				return err
 			}
 			return cleanupAll(cmd, g)
 		},
 	}
+	cmd.Flags().BoolVar(&closed, "keep-closed", false, "leave what is captured blocked, whatever on_stop says")
+	return cmd
 }
 
 func newCleanupCommand(g *globals) *cobra.Command {

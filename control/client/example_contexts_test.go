@@ -4,6 +4,7 @@ package client_test
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"log"
 
@@ -135,4 +136,27 @@ func ExampleClient_Process() {
 	// Output:
 	// curl: "default", global: everything that no other context selects
 	// curl: "", no context selects it
+}
+
+func ExampleClient_ShutdownClosed() {
+	fake, socket, stop := daemon()
+	stopped := make(chan struct{})
+	fake.OnStop = func() {
+		go func() {
+			defer close(stopped)
+			stop()
+		}()
+	}
+	ctx, cancel := within()
+	defer cancel()
+
+	c := client.New(socket)
+	defer c.Close()
+	fmt.Println(c.ShutdownClosed(ctx))
+	<-stopped
+	_, err := c.Status(ctx)
+	fmt.Println(errors.Is(err, client.ErrUnreachable))
+	// Output:
+	// <nil>
+	// true
 }

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"time"
 
@@ -19,7 +20,14 @@ const goneInterval = 50 * time.Millisecond
 
 // Shutdown stops the daemon and returns when its process has ended, and with it everything it had changed on the machine, save what
 // on_stop keeps. A daemon that this process cannot see (another pid namespace) is taken for gone when its socket answers no more.
-func (c *Client) Shutdown(ctx context.Context) error {
+func (c *Client) Shutdown(ctx context.Context) error { return c.shutdown(ctx, nil) }
+
+// ShutdownClosed is Shutdown, but what is captured stays blocked until the next start, whatever on_stop says: for an upgrade.
+func (c *Client) ShutdownClosed(ctx context.Context) error {
+	return c.shutdown(ctx, url.Values{"keep": {"closed"}})
+}
+
+func (c *Client) shutdown(ctx context.Context, query url.Values) error {
 	process, err := c.process(ctx)
 	if err != nil {
 		return err
@@ -27,9 +35,11 @@ func (c *Client) Shutdown(ctx context.Context) error {
 	if process != nil {
 		defer process.Close()
 	}
-	if err := c.send(ctx, http.MethodPost, "/v1/shutdown", nil); err != nil {
+	resp, err := c.request(ctx, http.MethodPost, "/v1/shutdown", query, nil)
+	if err != nil {
 		return err
 	}
+	resp.Body.Close()
 	if process != nil {
 		return exited(ctx, process)
 	}

@@ -226,6 +226,9 @@ func (f *Fake) Stop() {
 	}
 }
 
+// StopClosed implements control.Backend.
+func (f *Fake) StopClosed() { f.Stop() }
+
 // AddContext implements control.Backend.
 func (f *Fake) AddContext(_ context.Context, r control.ContextRequest) error {
 	f.mu.Lock()

@@ -84,7 +84,6 @@ func TestCheckRefusesKeysWithoutCode(t *testing.T) {
 		{"scope", `"mode": "process", "select": { "pid": 4242, "scope": "current" }`, "$.contexts.default.select[0].scope"},
 		{"exclude", `"exclude": { "exe": "/usr/sbin/sshd" }`, "$.contexts.default.exclude[0].exe"},
 		{"bandwidth", `"limits": { "bandwidth": "1mbit" }`, "$.contexts.default.limits.bandwidth"},
-		{"open on crash", `"on_crash": "open"`, "$.contexts.default.on_crash"},
 		{"rule", `"rules": { "geoip": "de", "upstream": "direct" }`, "$.contexts.default.rules[0].geoip"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -334,6 +334,7 @@ func (d *Daemon) put(ctx context.Context, base *config.Config, ch changes) error
 	d.mu.Lock()
 	d.cfg, d.ups, d.base, d.changes, d.wanted = cfg, ups, base, ch, wanted
 	d.mu.Unlock()
+	d.watcher.want(d)
 	n.resetExisting(ctx)
 	d.log.Debug("contexts changed", zap.Duration("took", time.Since(began)))
 	return nil

@@ -62,6 +62,8 @@ type Daemon struct {
 	stop      context.CancelFunc
 	leftovers sync.WaitGroup // leases that have ended, waiting for their last process; keepMemory
 	ready     atomic.Bool
+	watcher   watcher
+	closed    atomic.Bool // the end leaves everything closed
 
 	reload     sync.Mutex     // held by whoever changes the set of contexts or the kernel plan
 	mu         sync.Mutex     // guards what follows, for a moment each
@@ -103,12 +105,17 @@ func (d *Daemon) Run(ctx context.Context, ready func()) (err error) {
 		return errors.Join(err, d.shutdown(policy.StopOpen))
 	}
 	d.leftovers.Go(func() { keepMemory(ctx) })
+	d.watcher.want(d)
 	d.ready.Store(true)
 	if ready != nil {
 		ready()
 	}
 	<-ctx.Done()
-	return d.shutdown(policy.StopConfigured)
+	mode := policy.StopConfigured
+	if d.closed.Load() {
+		mode = policy.StopBlock
+	}
+	return d.shutdown(mode)
 }
 
 // start goes from the outside in: first everything is closed (Prepare), then opened for what has a context (Apply).
@@ -192,6 +199,7 @@ func (d *Daemon) shutdown(mode policy.StopMode) error {
 	if d.manager != nil {
 		errs = append(errs, d.manager.Close(ctx, mode))
 	}
+	errs = append(errs, d.watcher.dismiss())
 	for _, c := range d.live() {
 		c.close()
 	}
@@ -203,6 +211,12 @@ func (d *Daemon) shutdown(mode policy.StopMode) error {
 
 // Stop begins an orderly end and returns at once.
 func (d *Daemon) Stop() { d.stop() }
+
+// StopClosed is Stop, but what is captured stays blocked until the next start: for an upgrade.
+func (d *Daemon) StopClosed() {
+	d.closed.Store(true)
+	d.stop()
+}
 
 func (d *Daemon) contextEnv(stateDir string) contextEnv {
 	return contextEnv{net: d.net, ids: &d.ids, recorder: d.metrics, stateDir: stateDir, log: d.log}
