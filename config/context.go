@@ -83,6 +83,7 @@ type Match struct {
 type Rule struct {
 	Match
 	Upstream string `json:"upstream" required:"true" doc:"Name of an upstream or pool; direct, reject and drop are built in."`
+	FTP      string `json:"ftp" default:"refuse" enum:"active,refuse,ignore" doc:"Active-mode FTP: active lets the server connect to the client by BIND at the same SOCKS upstream; refuse makes PORT and EPRT on port 21 fail at once, so that the client uses passive mode; ignore does not look."`
 }
 
 // DNS is how names are resolved for the captured.

@@ -7,8 +7,8 @@
 set -euo pipefail
 
 packages=(
-  ca-certificates curl dante-server dnsutils iperf3 iproute2 iputils-ping knot-dnsutils microsocks nftables openssh-client
-  openssh-server openssl procps proxychains4 python3 socat squid tcpdump tinyproxy unbound util-linux
+  ca-certificates curl dante-server dnsutils iperf3 iproute2 iputils-ping knot-dnsutils lftp microsocks nftables openssh-client
+  openssh-server openssl procps proxychains4 python3 socat squid tcpdump tinyproxy unbound util-linux vsftpd
 )
 # dnsutils is a transitional package on newer releases: the programs count, not the name.
 satisfied() {
@@ -50,7 +50,7 @@ rm -f "$log"
 # Installed by us just now, so nobody relies on it: it must not start at the next boot either.
 declare -A units=(
   [dante-server]=danted.service [squid]=squid.service [tinyproxy]=tinyproxy.service [unbound]=unbound.service
-  [openssh-server]=ssh.service [microsocks]=microsocks.service [iperf3]=iperf3.service [nftables]=nftables.service
+  [openssh-server]=ssh.service [microsocks]=microsocks.service [iperf3]=iperf3.service [vsftpd]=vsftpd.service [nftables]=nftables.service
 )
 if [[ -d /run/systemd/system ]]; then
   for p in "${missing[@]}"; do

@@ -167,6 +167,7 @@ type Decision struct {
 	Action Action
 	Via    Dialer // set exactly when Action is Forward
 	Rule   string // "default", "bypass[0]", "rules[3]", "dns" ...
+	FTP    FTPMode
 }
 
 // Needs is a set of things a rule that can still match has to know.

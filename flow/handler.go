@@ -156,7 +156,7 @@ func (h *Handler) TCP(ctx context.Context, src, orig netip.AddrPort, p Pending) 
 	}
 	switch d.Action {
 	case Forward:
-		h.forward(ctx, f, e, d.Via, p, head)
+		h.forward(ctx, f, e, d, p, head)
 	case Resolve:
 		h.resolveTCP(ctx, f, e, p, head)
 	case Drop:
@@ -169,7 +169,8 @@ func (h *Handler) TCP(ctx context.Context, src, orig netip.AddrPort, p Pending) 
 }
 
 // forward dials while the SYN is held, answers it, and relays until both sides are done.
-func (h *Handler) forward(ctx context.Context, f *Flow, e *entry, via Dialer, p Pending, head []byte) {
+func (h *Handler) forward(ctx context.Context, f *Flow, e *entry, d Decision, p Pending, head []byte) {
+	via := d.Via
 	begin := h.cfg.Now()
 	up, err := h.dial(ctx, via, f)
 	connect := h.cfg.Now().Sub(begin)
@@ -188,6 +189,11 @@ func (h *Handler) forward(ctx context.Context, f *Flow, e *entry, via Dialer, p 
 		return
 	}
 	e.established(connect)
+	if isFTP(f, d) {
+		var done func()
+		app, up, done = h.watchFTP(ctx, f, d, app, up)
+		defer done()
+	}
 	if err := relay(ctx, app, up, head, e, h.buffers); err != nil {
 		e.outcome(ResultReset, because(ctx, err))
 	}

@@ -173,7 +173,7 @@ func TestAgainstSlowMatcher(t *testing.T) {
 	for range 400 {
 		in := Input{Context: "default", Default: "reject", Upstreams: upstreams}
 		for range 1 + r.IntN(5) {
-			in.Rules = append(in.Rules, Rule{randomMatch(r, 2), "eu"})
+			in.Rules = append(in.Rules, Rule{Match: randomMatch(r, 2), Upstream: "eu"})
 		}
 		table, err := Compile(in)
 		if err != nil {
@@ -306,7 +306,7 @@ func benchTable(tb testing.TB) (*Table, []*flow.Flow) {
 				m.Or = m.Or[1:]
 			}
 		}
-		in.Rules = append(in.Rules, Rule{m, "us"})
+		in.Rules = append(in.Rules, Rule{Match: m, Upstream: "us"})
 	}
 	table, err := Compile(in)
 	if err != nil {

@@ -183,10 +183,10 @@ func TestOrder(t *testing.T) {
 		Context: "default", DNS: true,
 		Bypass: Bypass{Address: []string{"local", "private", "203.0.113.0/24", "2001:db8::1"}, Port: []PortRange{{123, 123}}, Network: []string{"icmp"}},
 		Rules: []Rule{
-			{Match{DomainSuffix: []string{"ads.example"}}, "drop"},
-			{Match{Port: []PortRange{{25, 25}}}, "sink"},
-			{Match{Domain: []string{"a.example"}}, "us"},
-			{Match{DomainSuffix: []string{"example"}}, "direct"},
+			{Match: Match{DomainSuffix: []string{"ads.example"}}, Upstream: "drop"},
+			{Match: Match{Port: []PortRange{{25, 25}}}, Upstream: "sink"},
+			{Match: Match{Domain: []string{"a.example"}}, Upstream: "us"},
+			{Match: Match{DomainSuffix: []string{"example"}}, Upstream: "direct"},
 		},
 		Default: "eu", Upstreams: upstreams, Actions: map[string]flow.Action{"sink": flow.Block},
 		Local: prefixes("192.0.2.0/24"),
@@ -227,10 +227,10 @@ func TestOrder(t *testing.T) {
 func TestUnknownOwnerMatchesNeitherWay(t *testing.T) {
 	t.Parallel()
 	table, err := Compile(Input{Context: "default", Default: "eu", Upstreams: upstreams, Rules: []Rule{
-		{Match{UID: []uint32{0}}, "us"},
-		{Match{UID: []uint32{0}, Invert: true}, "direct"},
-		{Match{Not: []Match{{Exe: []string{"/bin/x"}}}}, "direct"},
-		{Match{Or: []Match{{UID: []uint32{0}}, {Port: []PortRange{{22, 22}}}}}, "drop"},
+		{Match: Match{UID: []uint32{0}}, Upstream: "us"},
+		{Match: Match{UID: []uint32{0}, Invert: true}, Upstream: "direct"},
+		{Match: Match{Not: []Match{{Exe: []string{"/bin/x"}}}}, Upstream: "direct"},
+		{Match: Match{Or: []Match{{UID: []uint32{0}}, {Port: []PortRange{{22, 22}}}}}, Upstream: "drop"},
 	}})
 	if err != nil {
 		t.Fatal(err)
@@ -280,7 +280,7 @@ func TestNeeds(t *testing.T) {
 			t.Parallel()
 			in := Input{Context: "default", Default: "eu", DNS: true, Sniff: true, Bypass: Bypass{Address: []string{"private"}}, Upstreams: upstreams}
 			for _, m := range tt.rules {
-				in.Rules = append(in.Rules, Rule{m, "us"})
+				in.Rules = append(in.Rules, Rule{Match: m, Upstream: "us"})
 			}
 			table, err := Compile(in)
 			if err != nil {
@@ -320,17 +320,17 @@ func TestCompileErrors(t *testing.T) {
 		Bypass:     Bypass{Address: []string{"private", "10.0.0/8"}, Port: []PortRange{{0, 0}}, Network: []string{"sctp"}},
 		LookupUser: func(string) (uint32, error) { return 0, errors.New("unknown user nobody2") },
 		Rules: []Rule{
-			{Match{}, "eu"},
-			{Match{Port: []PortRange{{1, 2}, {9, 3}}}, ""},
-			{Match{Domain: []string{"ok.example", "a.*.example", "192.0.2.1", "", "bücher.example", strings.Repeat("x", 64), strings.Repeat("x.", 127) + "yy"}}, "eu"},
-			{Match{DomainRegex: []string{"(", ""}, ExeRegex: []string{"*"}}, "eu"},
-			{Match{Network: []string{"tcp", "gre"}}, "eu"},
-			{Match{User: []string{"nobody2"}}, "eu"},
-			{Match{GeoIP: []string{"de"}, ASN: []uint32{1}, Interface: []string{"x"}, DSCP: []int{1}, Time: []string{"sat"}, RuleSet: []string{"x"}, Protocol: []string{"tls"}}, "eu"},
-			{Match{Or: []Match{{}, {Not: []Match{{DomainSuffix: []string{"a b"}}}}}}, "eu"},
-			{deep, "eu"},
-			{Match{IPCIDR: []netip.Prefix{{}}, SourceCIDR: []netip.Prefix{{}}, DomainKeyword: []string{""}}, "eu"},
-			{Match{Cgroup: []string{"x"}, Unit: []string{"a/b"}}, "eu"},
+			{Match: Match{}, Upstream: "eu"},
+			{Match: Match{Port: []PortRange{{1, 2}, {9, 3}}}, Upstream: ""},
+			{Match: Match{Domain: []string{"ok.example", "a.*.example", "192.0.2.1", "", "bücher.example", strings.Repeat("x", 64), strings.Repeat("x.", 127) + "yy"}}, Upstream: "eu"},
+			{Match: Match{DomainRegex: []string{"(", ""}, ExeRegex: []string{"*"}}, Upstream: "eu"},
+			{Match: Match{Network: []string{"tcp", "gre"}}, Upstream: "eu"},
+			{Match: Match{User: []string{"nobody2"}}, Upstream: "eu"},
+			{Match: Match{GeoIP: []string{"de"}, ASN: []uint32{1}, Interface: []string{"x"}, DSCP: []int{1}, Time: []string{"sat"}, RuleSet: []string{"x"}, Protocol: []string{"tls"}}, Upstream: "eu"},
+			{Match: Match{Or: []Match{{}, {Not: []Match{{DomainSuffix: []string{"a b"}}}}}}, Upstream: "eu"},
+			{Match: deep, Upstream: "eu"},
+			{Match: Match{IPCIDR: []netip.Prefix{{}}, SourceCIDR: []netip.Prefix{{}}, DomainKeyword: []string{""}}, Upstream: "eu"},
+			{Match: Match{Cgroup: []string{"x"}, Unit: []string{"a/b"}}, Upstream: "eu"},
 		},
 	})
 	var joined interface{ Unwrap() []error }
@@ -394,9 +394,9 @@ func TestExplain(t *testing.T) {
 		Context: "default", DNS: true, Default: "eu", Upstreams: upstreams,
 		Bypass: Bypass{Address: []string{"private"}, Port: []PortRange{{123, 123}}},
 		Rules: []Rule{
-			{Match{Network: []string{"tcp"}, Port: []PortRange{{22, 22}}, UID: []uint32{1000}}, "us"},
-			{Match{Or: []Match{{DomainSuffix: []string{"test"}}, {Domain: []string{"a.example"}, Invert: true}}, Not: []Match{{Network: []string{"udp"}}}}, "us"},
-			{Match{DomainSuffix: []string{"example"}}, "direct"},
+			{Match: Match{Network: []string{"tcp"}, Port: []PortRange{{22, 22}}, UID: []uint32{1000}}, Upstream: "us"},
+			{Match: Match{Or: []Match{{DomainSuffix: []string{"test"}}, {Domain: []string{"a.example"}, Invert: true}}, Not: []Match{{Network: []string{"udp"}}}}, Upstream: "us"},
+			{Match: Match{DomainSuffix: []string{"example"}}, Upstream: "direct"},
 		},
 	})
 	if err != nil {

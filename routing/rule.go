@@ -92,6 +92,7 @@ type Match struct {
 type Rule struct {
 	Match
 	Upstream string
+	FTP      flow.FTPMode
 }
 
 // PathError is an error at a place of the configuration.

@@ -62,6 +62,7 @@ func Compile(in Input) (*Table, error) {
 			decision: c.decision(rulePath+".upstream", name, in.Rules[i].Upstream),
 			sniff:    flow.Decision{Action: flow.Sniff, Rule: name},
 		}
+		t.rules[i].decision.FTP = in.Rules[i].FTP
 	}
 	t.def = c.decision(path+".default", "default", in.Default)
 	if len(c.errs) > 0 {

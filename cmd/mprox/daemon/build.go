@@ -308,12 +308,22 @@ func buildRules(cfg *config.Config, name string, u *upstreams, see view) (*routi
 		Fake:   fakePrefixes(c.DNS.Fake),
 	}
 	for _, r := range c.Rules {
-		in.Rules = append(in.Rules, routing.Rule{Match: match(r.Match), Upstream: r.Upstream})
+		in.Rules = append(in.Rules, routing.Rule{Match: match(r.Match), Upstream: r.Upstream, FTP: ftpMode(r.FTP)})
 	}
 	return routing.Compile(in)
 }
 
 // match turns the schema's conditions into the router's. The two have the same fields, and a test compares them.
+func ftpMode(s string) flow.FTPMode {
+	switch s {
+	case "active":
+		return flow.FTPActive
+	case "ignore":
+		return flow.FTPIgnore
+	}
+	return flow.FTPRefuse
+}
+
 func match(m config.Match) routing.Match {
 	return routing.Match{
 		Domain: m.Domain, DomainSuffix: m.DomainSuffix, DomainKeyword: m.DomainKeyword, DomainRegex: m.DomainRegex,

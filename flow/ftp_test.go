@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package flow
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/netip"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+func TestParsePort(t *testing.T) {
+	for _, tt := range []struct {
+		verb, arg, want string // "" = malformed
+	}{
+		{"PORT", "192,0,2,7,4,210", "192.0.2.7:1234"},
+		{"PORT", " 192,0,2,7,0,21 ", "192.0.2.7:21"},
+		{"PORT", "192,0,2,256,4,210", ""},
+		{"PORT", "192,0,2,7,4", ""},
+		{"PORT", "192,0,2,7,4,210,1", ""},
+		{"PORT", "", ""},
+		{"PORT", "+1,0,2,7,4,210", ""},
+		{"EPRT", "|1|192.0.2.7|1234|", "192.0.2.7:1234"},
+		{"EPRT", "|2|2001:db8::7|1234|", "[2001:db8::7]:1234"},
+		{"EPRT", "!2!2001:db8::7!1234!", "[2001:db8::7]:1234"},
+		{"EPRT", "|2|192.0.2.7|1234|", ""},
+		{"EPRT", "|1|2001:db8::7|1234|", ""},
+		{"EPRT", "|3|192.0.2.7|1234|", ""},
+		{"EPRT", "|2|fe80::1%eth0|1234|", ""},
+		{"EPRT", "|1|192.0.2.7|65536|", ""},
+		{"EPRT", "|1|192.0.2.7|1234", ""},
+		{"EPRT", "x|1|192.0.2.7|1234|", ""},
+		{"EPRT", "|", ""},
+		{"EPRT", "", ""},
+	} {
+		parse := parsePort
+		if tt.verb == "EPRT" {
+			parse = parseEprt
+		}
+		got, err := parse(tt.arg)
+		switch {
+		case tt.want == "" && err == nil:
+			t.Errorf("%s %q was read as %v", tt.verb, tt.arg, got)
+		case tt.want != "" && (err != nil || got.String() != tt.want):
+			t.Errorf("%s %q: %v, %v", tt.verb, tt.arg, got, err)
+		}
+	}
+}
+
+// script is a Conn that yields the given pieces, one a Read, and keeps what is written.
+type script struct {
+	net.Conn
+	pieces []string
+}
+
+func (s *script) Read(b []byte) (int, error) {
+	if len(s.pieces) == 0 {
+		return 0, io.EOF
+	}
+	n := copy(b, s.pieces[0])
+	if s.pieces[0] = s.pieces[0][n:]; s.pieces[0] == "" {
+		s.pieces = s.pieces[1:]
+	}
+	return n, nil
+}
+
+func (*script) CloseWrite() error { return nil }
+func (*script) Abort()            {}
+
+// bindable says where a data connection can go, and brings one.
+type bindable struct {
+	script
+	at   string
+	err  error
+	data Conn
+
+	mu    sync.Mutex
+	binds int
+}
+
+func (b *bindable) Bind(context.Context) (Binding, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.binds++
+	if b.err != nil {
+		return nil, b.err
+	}
+	return boundAt{netip.MustParseAddrPort(b.at), b.data}, nil
+}
+
+type boundAt struct {
+	at   netip.AddrPort
+	data Conn
+}
+
+func (b boundAt) Addr() netip.AddrPort { return b.at }
+func (boundAt) Close() error           { return nil }
+func (b boundAt) Accept(ctx context.Context) (Conn, netip.AddrPort, error) {
+	if b.data != nil {
+		return b.data, netip.MustParseAddrPort("198.51.100.1:20"), nil
+	}
+	<-ctx.Done()
+	return nil, netip.AddrPort{}, ctx.Err()
+}
+
+// callable is an application that can be connected to.
+type callable struct {
+	script
+	called chan [2]netip.AddrPort
+	conn   Conn
+}
+
+func (c *callable) Call(_ context.Context, from, to netip.AddrPort) (Conn, error) {
+	c.called <- [2]netip.AddrPort{from, to}
+	if c.conn == nil {
+		return nil, ErrRefused
+	}
+	return c.conn, nil
+}
+
+func TestFTPCommands(t *testing.T) {
+	const greeting = "220 ready\r\n"
+	for _, tt := range []struct {
+		name           string
+		mode           FTPMode
+		server, client []string
+		at             string
+		err            error
+		want           string
+		binds          int
+	}{
+		{"refused", FTPRefuse, []string{greeting}, []string{"USER a\r\nPORT 192,0,2,1,4,1\r\n", "EPRT |1|192.0.2.1|1025|\r\nPASV\r\n"}, "", nil, "USER a\r\nPORT\r\nEPRT\r\nPASV\r\n", 0},
+		{"served", FTPActive, []string{greeting}, []string{"port 192,0,2,1,4,1\r\n"}, "203.0.113.10:258", nil, "PORT 203,0,113,10,1,2\r\n", 1},
+		{"split anywhere", FTPActive, []string{"2", "20 x\r\n"}, strings.SplitAfter("EPRT |1|192.0.2.1|1025|\r\n", ""), "203.0.113.10:258", nil, "EPRT |1|203.0.113.10|258|\r\n", 1},
+		{"over IPv6", FTPActive, []string{greeting}, []string{"PORT 192,0,2,1,4,1\n"}, "[2001:db8::a]:258", nil, "EPRT |2|2001:db8::a|258|\r\n", 1},
+		{"of somebody else", FTPActive, []string{greeting}, []string{"PORT 192,0,2,9,4,1\r\n"}, "203.0.113.10:258", nil, "PORT\r\n", 0},
+		{"port 0", FTPActive, []string{greeting}, []string{"PORT 192,0,2,1,0,0\r\n"}, "203.0.113.10:258", nil, "PORT\r\n", 0},
+		{"malformed", FTPActive, []string{greeting}, []string{"PORT 192,0,2,1\r\n"}, "203.0.113.10:258", nil, "PORT\r\n", 0},
+		{"refused by the upstream", FTPActive, []string{greeting}, []string{"PORT 192,0,2,1,4,1\r\n"}, "", errors.ErrUnsupported, "PORT\r\n", 1},
+		{"one after another", FTPActive, []string{greeting}, []string{strings.Repeat("PORT 192,0,2,1,4,1\r\n", 3)}, "203.0.113.10:258", nil, strings.Repeat("PORT 203,0,113,10,1,2\r\n", 3), 3},
+		{"after TLS began", FTPActive, []string{greeting, "234 go\r\n"}, []string{"AUTH TLS\r\n", "\x16\x03\x01PORT 192,0,2,1,4,1\r\n"}, "203.0.113.10:258", nil, "AUTH TLS\r\n\x16\x03\x01PORT 192,0,2,1,4,1\r\n", 0},
+		{"after TLS was refused", FTPActive, []string{greeting, "500 no\r\n"}, []string{"AUTH TLS\r\n", "PORT 192,0,2,1,4,1\r\n"}, "203.0.113.10:258", nil, "AUTH TLS\r\nPORT 203,0,113,10,1,2\r\n", 1},
+		{"not FTP", FTPRefuse, []string{"SSH-2.0-x\r\n"}, []string{"PORT 192,0,2,1,4,1\r\n"}, "", nil, "PORT 192,0,2,1,4,1\r\n", 0},
+		{"binary", FTPRefuse, []string{greeting}, []string{strings.Repeat("x", ftpLine+1), "PORT 1\r\n"}, "", nil, strings.Repeat("x", ftpLine+1) + "PORT 1\r\n", 0},
+		{"unfinished", FTPActive, []string{greeting}, []string{"QUIT"}, "", nil, "QUIT", 0},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			h := NewHandler(HandlerConfig{Context: "default"})
+			defer h.Close()
+			app := &callable{script: script{pieces: tt.client}}
+			up := &bindable{script: script{pieces: tt.server}, at: tt.at, err: tt.err}
+			f := &Flow{Network: TCP, Src: netip.MustParseAddrPort("192.0.2.1:40000"), Orig: netip.MustParseAddrPort("198.51.100.1:21")}
+			c, s, done := h.watchFTP(t.Context(), f, Decision{FTP: tt.mode, Action: Forward}, app, up)
+			defer done()
+			buf := make([]byte, 1<<16)
+			if _, err := s.Read(buf); err != nil { // the greeting
+				t.Fatal(err)
+			}
+			var got bytes.Buffer
+			for {
+				n, err := c.Read(buf)
+				got.Write(buf[:n])
+				if bytes.Contains(buf[:n], []byte("AUTH")) || n > 0 && len(tt.server) > 1 {
+					_, _ = s.Read(buf)
+				}
+				if err != nil {
+					break
+				}
+			}
+			if got.String() != tt.want || up.binds != tt.binds {
+				t.Errorf("server gets %.80q, want %.80q; %d bindings, want %d", got.String(), tt.want, up.binds, tt.binds)
+			}
+		})
+	}
+}
+
+// TestFTPTransfer: what the upstream accepts reaches the application, from the server's address, as a flow of its own.
+func TestFTPTransfer(t *testing.T) {
+	h := NewHandler(HandlerConfig{Context: "default"})
+	defer h.Close()
+	near, app := net.Pipe()
+	far, server := net.Pipe()
+	client := &callable{script: script{pieces: []string{"PORT 192,0,2,1,4,1\r\n"}}, called: make(chan [2]netip.AddrPort, 1), conn: pipeConn{near}}
+	up := &bindable{script: script{pieces: []string{"220 x\r\n"}}, at: "203.0.113.10:258", data: pipeConn{far}}
+	f := &Flow{Network: TCP, Src: netip.MustParseAddrPort("192.0.2.1:40000"), Orig: netip.MustParseAddrPort("198.18.0.5:21"), Dst: Addr{Host: "ftp.example", Port: 21}}
+	c, s, done := h.watchFTP(t.Context(), f, Decision{FTP: FTPActive, Action: Forward, Via: &dialer{name: "eu"}}, client, up)
+	defer done()
+	buf := make([]byte, 1<<10)
+	if _, err := s.Read(buf); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Read(buf); err != nil {
+		t.Fatal(err)
+	}
+	if got := <-client.called; got[0].String() != "198.18.0.5:20" || got[1].String() != "192.0.2.1:1025" {
+		t.Errorf("called %v", got)
+	}
+	go func() {
+		_, _ = server.Write([]byte("listing"))
+		server.Close()
+	}()
+	_ = app.SetReadDeadline(time.Now().Add(5 * time.Second))
+	if n, err := io.ReadFull(app, buf[:7]); err != nil || string(buf[:n]) != "listing" {
+		t.Errorf("%q, %v", buf[:n], err)
+	}
+	app.Close()
+}
+
+// pipeConn is a net.Pipe as a flow sees it: its half-close is a whole one.
+type pipeConn struct{ net.Conn }
+
+func (p pipeConn) CloseWrite() error { return p.Close() }
+func (p pipeConn) Abort()            { p.Close() }
+
+func FuzzFTPClient(f *testing.F) {
+	for _, s := range []string{"USER a\r\nPORT 192,0,2,1,4,1\r\n", "EPRT |2|2001:db8::1|1|\r\n", "AUTH TLS\r\n\x16", "\xff\xf4\xf2ABOR\r\n", "\n\n", "PORT"} {
+		f.Add([]byte(s), 3)
+	}
+	f.Fuzz(func(t *testing.T, in []byte, size int) {
+		h := NewHandler(HandlerConfig{Context: "default"})
+		defer h.Close()
+		size = max(1, size%64)
+		app := &script{}
+		for rest := string(in); rest != ""; {
+			n := min(size, len(rest))
+			app.pieces = append(app.pieces, rest[:n])
+			rest = rest[n:]
+		}
+		up := &bindable{err: errors.ErrUnsupported}
+		fl := &Flow{Src: netip.MustParseAddrPort("192.0.2.1:40000")}
+		c, _, done := h.watchFTP(t.Context(), fl, Decision{FTP: FTPIgnore}, app, up)
+		defer done()
+		out, err := io.ReadAll(c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		// Without PORT and EPRT nothing may change; with them, only their arguments may go.
+		upper := bytes.ToUpper(in)
+		if !bytes.Contains(upper, []byte("PORT")) && !bytes.Contains(upper, []byte("EPRT")) && !bytes.Equal(in, out) {
+			t.Errorf("%q became %q", in, out)
+		}
+		if len(out) > len(in)+2*bytes.Count(in, []byte("\n")) {
+			t.Errorf("%d bytes became %d", len(in), len(out))
+		}
+	})
+}
