@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/mutex-proxy/mutex/e2e/lab"
 )
@@ -184,18 +185,38 @@ func TestRestoresWhileAlive(t *testing.T) {
 	s := l.Dante(t, 1080, false)
 	before := l.Snapshot(t)
 	m := l.Mprox(t)
-	m.WriteConfig(globalConfig(s, `"dns": { "mode": "fakeip" },`))
+	m.WriteConfig(fmt.Sprintf(`{ "http": { "listen": "127.0.0.1:9464" }, "upstreams": { "p": { "url": %q } }, "contexts": { "default": { "mode": "global", "default": "p" } } }`, s.URL()))
 	m.Up("-c", m.ConfigPath())
 	whole := l.Snapshot(t)
+	restored := func(object string) (n float64) {
+		t.Helper()
+		for line := range strings.Lines(mustCurl(t, l, "http://127.0.0.1:9464/metrics")) {
+			if rest, ok := strings.CutPrefix(line, fmt.Sprintf("mprox_kernel_state_restored_total{object=%q} ", object)); ok {
+				_, _ = fmt.Sscan(rest, &n)
+			}
+		}
+		return n
+	}
 	for name, remove := range map[string]func(){
-		"rules":  func() { removeRules(t, l, before) },
-		"routes": func() { removeRoutes(t, l, before) },
-		"nft":    func() { l.Client.Run(t, "nft", "flush", "ruleset") },
+		"rule":  func() { removeRules(t, l, before) },
+		"route": func() { removeRoutes(t, l, before) },
+		"nft":   func() { l.Client.Run(t, "nft", "flush", "ruleset") },
+		"link":  func() { l.Client.Run(t, "ip", "link", "set", "mprox0", "down") },
 	} {
+		count := restored(name)
 		remove()
+		began := time.Now()
 		var diff string
 		if !lab.Poll(lab.Patience, func() bool { diff = whole.Diff(l.Snapshot(t)); return diff == "" }) {
 			t.Errorf("%s removed, and not restored:\n%s", name, diff)
+		}
+		took := time.Since(began)
+		t.Logf("%s: whole again within %s", name, took)
+		if took > time.Second {
+			t.Errorf("%s: whole again after %s, want a second at most", name, took)
+		}
+		if restored(name) <= count {
+			t.Errorf("%s: not counted", name)
 		}
 	}
 	checkProxied(t, l)

@@ -14,22 +14,54 @@ func conflicts(s Spec, snap Snapshot) error {
 		if r.Protocol == Protocol {
 			continue
 		}
+		who := named("rule", r, ownerOf(r))
 		switch {
 		case r.Priority >= s.RulePriority && r.Priority < s.RulePriority+ruleBlock:
-			return fmt.Errorf("%w: a foreign rule %q is among the priorities %d-%d: set kernel.rule_priority to a free block of %d",
-				ErrConflict, r, s.RulePriority, s.RulePriority+ruleBlock-1, ruleBlock)
+			return fmt.Errorf("%w: %s is among the priorities %d-%d: set kernel.rule_priority to a free block of %d",
+				ErrConflict, who, s.RulePriority, s.RulePriority+ruleBlock-1, ruleBlock)
 		case tables(r.Table):
-			return fmt.Errorf("%w: a foreign rule %q uses a table of ours: set kernel.table_base to a free block of %d", ErrConflict, r, 2*MaxContexts)
-		case r.Mask != 0 && ourMark(s.Mask, r.Mark&r.Mask):
-			return fmt.Errorf("%w: a foreign rule %q uses a mark of ours: set kernel.mark_mask to eight free bits", ErrConflict, r)
+			return fmt.Errorf("%w: %s uses a table of ours: set kernel.table_base to a free block of %d", ErrConflict, who, 2*MaxContexts)
+		case overlaps(s.Mask, r):
+			return fmt.Errorf("%w: %s uses a mark of ours: set kernel.mark_mask to eight free bits", ErrConflict, who)
 		}
 	}
 	for _, r := range snap.Routes {
 		if tables(r.Table) && r.Protocol != Protocol {
-			return fmt.Errorf("%w: a foreign route %q is in a table of ours: set kernel.table_base to a free block of %d", ErrConflict, r, 2*MaxContexts)
+			return fmt.Errorf("%w: %s is in a table of ours: set kernel.table_base to a free block of %d", ErrConflict, named("route", r, ownerOfRoute(r)), 2*MaxContexts)
 		}
 	}
 	return nil
+}
+
+// named describes a foreign object, by the name of its owner if that is known.
+func named(kind string, object fmt.Stringer, owner string) string {
+	if owner == "" {
+		return fmt.Sprintf("a foreign %s %q", kind, object)
+	}
+	return fmt.Sprintf("a %s of %s, %q,", kind, owner, object)
+}
+
+// overlaps reports whether a foreign rule that looks at our bits would take packets with one of our marks for its own.
+func overlaps(mask uint32, r Rule) bool {
+	common := r.Mask & mask
+	if common == 0 {
+		return false
+	}
+	for _, v := range ourValues() {
+		if v<<bits.TrailingZeros32(mask)&common == r.Mark&common && r.Mark&common != 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// ourValues are the values that we give within the mask.
+func ourValues() []uint32 {
+	out := []uint32{markBypass, markInbound}
+	for v := range uint32(MaxContexts) {
+		out = append(out, markFirst+v)
+	}
+	return out
 }
 
 // ourMark reports whether the bits of a foreign mark inside our mask are a value that we give.

@@ -121,6 +121,9 @@ func (m *Manager) Prepare(ctx context.Context, spec Spec) (err error) {
 	if err := conflicts(spec, snap); err != nil {
 		return err
 	}
+	if others := Neighbours(snap); len(others) > 0 {
+		m.log.Info("other network software on this machine is left alone", zap.Strings("names", others))
+	}
 	m.spec = spec
 	adopted, err := m.loadJournalLocked(spec)
 	if err != nil {
