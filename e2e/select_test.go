@@ -128,6 +128,7 @@ func TestGateway(t *testing.T) {
 	l := lab.New(t, lab.Options{})
 	s := l.Dante(t, 1080, true)
 	hosts := []host{newHost(t, l, "g1", "192.168.50", "fd50"), newHost(t, l, "g2", "192.168.60", "fd60")}
+	before := l.Snapshot(t)
 	cp := l.Capture(t)
 	m := l.Mprox(t)
 	m.UpConfig(fmt.Sprintf(`{ "upstreams": { "p": { "url": %q } }, "contexts": { "lan": { "mode": "gateway", "default": "p",
@@ -138,8 +139,23 @@ func TestGateway(t *testing.T) {
 				t.Errorf("host %d, v6 %v: %v", i, v6, r)
 			}
 		}
-		if r := h.run(t, "dig", "+short", "+tries=1", "@"+lab.LANV4.String(), "www.example.test"); !strings.HasPrefix(r.Stdout, "198.1") {
-			t.Errorf("host %d, DNS: %v", i, r)
+		own4, own6 := []string{"192.168.50.1", "192.168.60.1"}[i], []string{"fd50::1", "fd60::1"}[i]
+		for _, server := range []string{lab.LANV4.String(), own4, own6} { // the last two are the gateway itself
+			for _, how := range []string{"+notcp", "+tcp"} {
+				if r := h.run(t, "dig", "+short", "+tries=1", how, "@"+server, "www.example.test"); !strings.HasPrefix(r.Stdout, "198.1") {
+					t.Errorf("host %d, DNS %s by %s: %v", i, how, server, r)
+				}
+			}
+		}
+		if r := h.run(t, "ping", "-c", "1", "-W", "3", lab.OriginV4.String()); r.Code != 0 {
+			t.Errorf("host %d, ping through the gateway: %v", i, r)
+		}
+		if r := h.run(t, "ping", "-c", "1", "-W", "3", own4); r.Code != 0 {
+			t.Errorf("host %d, ping the gateway: %v", i, r)
+		}
+		udp := fmt.Sprintf("import socket; s=socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.settimeout(3); s.sendto(b'hi', (%q, %d)); print(s.recv(9))", lab.OriginV4, lab.PortEcho)
+		if r := h.run(t, "python3", "-c", udp); !strings.Contains(r.Stdout, "b'hi'") {
+			t.Errorf("host %d, UDP: %v", i, r)
 		}
 	}
 	if out := mustCurl(t, l, originURL(false, "/")); fromProxy(out) {
@@ -148,6 +164,10 @@ func TestGateway(t *testing.T) {
 	cp.Reset()
 	m.Signal(syscall.SIGKILL)
 	m.Wait(5 * time.Second)
+	trap := lab.NewTrap(t, l.Client, netipAddrPort("192.168.50.1:53"))
+	if r := hosts[0].run(t, "dig", "+short", "+tries=1", "+timeout=1", "@192.168.50.1", "www.example.test"); r.Code == 0 || len(trap.Names()) > 0 {
+		t.Errorf("killed, DNS to the gateway: %v, %v", r, trap.Names())
+	}
 	for i, h := range hosts {
 		if r := h.run(t, "curl", "-sS", "-m", "2", originURL(false, "/")); r.Code == 0 {
 			t.Errorf("host %d, killed: %v", i, r)
@@ -156,5 +176,8 @@ func TestGateway(t *testing.T) {
 	upstreamOnly(s).Check(t, cp.Packets())
 	if r := m.CLI("down"); r.Code != 0 {
 		t.Error(r)
+	}
+	if d := before.Diff(l.Snapshot(t)); d != "" {
+		t.Errorf("not as before:\n%s", d)
 	}
 }

@@ -45,7 +45,7 @@
 // daemon's uid. UDP servers on an ephemeral port that were bound before the start answer through the TUN: they look like clients. Traffic
 // that is forwarded (containers, virtual machines) is not captured in global mode.
 //
-// ModeGateway captures what is forwarded for other hosts, not what they send to this machine itself: a resolver on it answers them as before.
+// ModeGateway captures what is forwarded for other hosts, and the DNS queries that they send to this machine itself; nothing else of the latter.
 // It switches forwarding on, and off again at the end if it was. IPv6 forwarding makes the kernel ignore router advertisements on links whose
 // accept_ra is 1 (2 keeps them): a default route learnt that way expires.
 //

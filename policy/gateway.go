@@ -5,6 +5,7 @@ package policy
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 )
 
 // validateGateway checks the selectors of a context in ModeGateway, which know hosts, and of any other, which know processes.
@@ -43,21 +44,20 @@ func (s Selector) hostRules() [][]nfStmt {
 }
 
 // forwarded adds the chains that mark what arrives from other hosts, before it is routed, and the jumps to them. What is for this machine
-// itself stays, and so do answers to what came the other way: a published port, say.
+// itself stays, save queries, and so do answers to what came the other way: a published port, say.
 func (g *guard) forwarded(pre *nfChain) {
 	for _, c := range g.contexts {
 		if c.Mode != ModeGateway {
 			continue
 		}
-		chain := nfChain{name: setName("gateway", c), rules: []nfRule{
-			rule(stToLocal{}, ret()),
-			rule(stCtReply{}, ret()),
-		}}
+		chain := nfChain{name: setName("gateway", c), rules: []nfRule{rule(stCtReply{}, ret())}}
 		for _, sel := range c.Exclude {
 			for _, m := range sel.hostRules() {
 				chain.rules = append(chain.rules, append(m, ret()))
 			}
 		}
+		g.gatewayDNS(c, &chain)
+		chain.rules = append(chain.rules, rule(stToLocal{}, ret()))
 		for _, sel := range c.Select {
 			for _, m := range sel.hostRules() {
 				chain.rules = append(chain.rules, append(m, g.set(false, ContextMark(g.spec.Mask, c.Slot)), accept()))
@@ -67,6 +67,31 @@ func (g *guard) forwarded(pre *nfChain) {
 		pre.rules = append(pre.rules, rule(jump(chain.name)))
 	}
 }
+
+// gatewayDNS captures the queries that the selected send to this machine itself. The table of local addresses is asked before any mark, so they are
+// sent on to an address that is nobody's: that one is led into the TUN, or, with the daemon dead, nowhere.
+func (g *guard) gatewayDNS(c ContextSpec, chain *nfChain) {
+	if c.DNSOff {
+		return
+	}
+	ctx := ContextMark(g.spec.Mask, c.Slot)
+	nat := nfChain{name: setName("gateway_dns", c), typ: "nat", hook: "prerouting", priority: prioNAT}
+	for _, proto := range []uint8{protoUDP, protoTCP} {
+		for _, sel := range c.Select {
+			for _, m := range sel.hostRules() {
+				chain.rules = append(chain.rules, append(m, stProto{proto}, stPort{port: 53}, stToLocal{}, g.set(false, ctx), accept()))
+			}
+		}
+		for _, addr := range []netip.Addr{dnsNowhere4(), dnsNowhere6()} {
+			nat.rules = append(nat.rules, rule(stFamily{addr.Is6()}, g.mark(false, ctx), stProto{proto}, stPort{port: 53}, stToLocal{}, stDNATTo{addr}))
+		}
+	}
+	g.chain(nat)
+}
+
+// dnsNowhere4 is the IPv4 dummy address (RFC 7600, section 4.8), dnsNowhere6 is in the discard prefix (RFC 6666).
+func dnsNowhere4() netip.Addr { return netip.AddrFrom4([4]byte{192, 0, 0, 8}) }
+func dnsNowhere6() netip.Addr { return netip.MustParseAddr("100::53") }
 
 // forwarding are the settings without which nothing arrives at a gateway's context.
 func forwarding(s Spec, snap Snapshot) []Sysctl {

@@ -124,6 +124,7 @@ type (
 	stOwned   struct{} // sent by a socket that a process has open
 	stCounter struct{ name string }
 	stDNAT    struct{ port uint16 } // redirect to a local port
+	stDNATTo  struct{ addr netip.Addr }
 	stVerdict struct{ verb, chain string }
 )
 
@@ -229,6 +230,7 @@ func (s stGID) String() string     { return fmt.Sprintf("meta skgid %d", s.gid) 
 func (stOwned) String() string     { return "meta skuid <= 4294967295" }
 func (s stCounter) String() string { return "counter name " + s.name }
 func (s stDNAT) String() string    { return fmt.Sprintf("redirect to :%d", s.port) }
+func (s stDNATTo) String() string  { return fmt.Sprintf("dnat %s to %s", ip(s.addr.Is6()), s.addr) }
 func (s stVerdict) String() string { return strings.TrimSpace(s.verb + " " + s.chain) }
 
 // The verdicts.

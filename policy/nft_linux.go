@@ -130,6 +130,12 @@ func stmtExprs2(s nfStmt) ([]expr.Any, error) {
 		return []expr.Any{&expr.Objref{Type: unix.NFT_OBJECT_COUNTER, Name: s.name}}, nil
 	case stDNAT:
 		return []expr.Any{&expr.Immediate{Register: reg1, Data: be16(s.port)}, &expr.Redir{RegisterProtoMin: reg1, Flags: unix.NF_NAT_RANGE_PROTO_SPECIFIED}}, nil
+	case stDNATTo:
+		family := uint32(unix.NFPROTO_IPV4)
+		if s.addr.Is6() {
+			family = unix.NFPROTO_IPV6
+		}
+		return []expr.Any{&expr.Immediate{Register: reg1, Data: s.addr.AsSlice()}, &expr.NAT{Type: expr.NATTypeDestNAT, Family: family, RegAddrMin: reg1}}, nil
 	case stVerdict:
 		kind, ok := map[string]expr.VerdictKind{
 			"accept": expr.VerdictAccept, "drop": expr.VerdictDrop, "return": expr.VerdictReturn, "jump": expr.VerdictJump, "goto": expr.VerdictGoto,
