@@ -64,6 +64,7 @@ type Upstream struct {
 	URL      ProxyURL `json:"url" required:"true" doc:"The proxy as a URL: socks5h://user:password@host:port. Schemes: socks4 socks4a socks5 socks5h socks5s http https auto direct reject drop."`
 	Weight   int      `json:"weight" default:"1" min:"1" max:"1000" doc:"Share of the flows in a weighted pool."`
 	Priority int      `json:"priority" default:"0" min:"0" max:"1000" doc:"Rank in a failover pool: the lowest number that is up is used."`
+	MaxFlows int      `json:"max_flows" default:"0" min:"0" max:"1000000" doc:"Connections and associations through it at a time; a pool goes on to the next member. 0: no bound."`
 	Auth     Auth     `json:"auth" doc:"Credentials that are not in the URL."`
 }
 
@@ -94,6 +95,7 @@ type Health struct {
 	Interval Duration `json:"interval" default:"30s" min:"1s" max:"24h" doc:"Time between two active checks of a member."`
 	Timeout  Duration `json:"timeout" default:"5s" min:"100ms" max:"5m" doc:"How long one active check may take."`
 	Target   string   `json:"target" doc:"What an active check reaches through the member: host:port (it accepts a TCP connection), or a URL http://host/path or https://host/path (it answers 2xx or 3xx). Empty: no active checks."`
+	UDP      string   `json:"udp" doc:"Address of a DNS server, host or host:port, that an active check asks through a UDP association of the member; any answer will do. Empty: no active checks of UDP."`
 	Passive  Passive  `json:"passive" doc:"What failed flows do to a member."`
 }
 

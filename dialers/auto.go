@@ -51,6 +51,7 @@ type speaker struct {
 func newAuto(name string, s Spec, n *Net) *Auto {
 	a := new(Auto)
 	a.init(name, s, n)
+	a.most = 0 // what is found counts its own flows
 	return a
 }
 
@@ -80,6 +81,11 @@ func (a *Auto) Protocol() string {
 		return k.scheme
 	}
 	return ""
+}
+
+func (a *Auto) full() bool {
+	k := a.known.Load()
+	return k != nil && k.Dialer.(limited).full()
 }
 
 func (a *Auto) gauge(now int64) (active, latency int64) {

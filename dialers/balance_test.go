@@ -34,7 +34,7 @@ func names(n int) []flow.Addr {
 func owners(p *Pool, dst []flow.Addr) []string {
 	out := make([]string, len(dst))
 	for i := range dst {
-		out[i] = p.members[p.choose(p.key(netip.Addr{}, &dst[i]), nil)].Name()
+		out[i] = p.members[p.choose(byTCP, p.key(netip.Addr{}, &dst[i]), nil)].Name()
 	}
 	return out
 }
@@ -56,7 +56,7 @@ func TestHashConsistent(t *testing.T) {
 		}
 	}
 	without := owners(strategyPool(t, Hash, slices.Delete(slices.Clone(ds), 3, 4)), dst)
-	whole.members[3].ejectedUntil.Store(time.Now().Add(time.Hour).UnixNano())
+	whole.members[3].conditions[byTCP].ejectedUntil.Store(time.Now().Add(time.Hour).UnixNano())
 	ejected := owners(whole, dst)
 	for i := range dst {
 		if before[i] != "m3" && (without[i] != before[i] || ejected[i] != before[i]) {
@@ -362,7 +362,7 @@ func TestSetState(t *testing.T) {
 		t.Errorf("%+v", st)
 	}
 	SetState(b, Disabled)
-	if _, err := d.Dial(testContext(t), dst); !errors.Is(err, flow.ErrUpstream) || d.(*Pool).members[0].faults.Load() != 0 {
+	if _, err := d.Dial(testContext(t), dst); !errors.Is(err, flow.ErrUpstream) || d.(*Pool).members[0].conditions[byTCP].faults.Load() != 0 {
 		t.Error(err)
 	}
 	SetState(a, Enabled)

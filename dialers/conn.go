@@ -27,6 +27,7 @@ type TCPConn struct {
 	*net.TCPConn
 	once    sync.Once
 	onClose func()                                      // runs once, at the first Close or Abort; nil = nothing
+	leave   func()                                      // gives the place at the upstream back, with onClose; nil = nothing
 	bind    func(context.Context) (flow.Binding, error) // nil = the upstream has no such thing
 }
 
@@ -55,6 +56,9 @@ func (c *TCPConn) closed() {
 	c.once.Do(func() {
 		if c.onClose != nil {
 			c.onClose()
+		}
+		if c.leave != nil {
+			c.leave()
 		}
 	})
 }

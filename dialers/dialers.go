@@ -75,6 +75,7 @@ type upstream struct {
 	spec Spec
 	net  *Net
 	host *serverHost
+	places
 	stats
 	ipv6 capability
 	udp  capability
@@ -82,7 +83,7 @@ type upstream struct {
 }
 
 func (u *upstream) init(name string, s Spec, n *Net) {
-	u.name, u.spec, u.net = name, s, n
+	u.name, u.spec, u.net, u.most = name, s, n, int64(s.MaxFlows)
 	u.host = &serverHost{name: s.Host}
 	u.ipv6.now, u.udp.now, u.bind.now = n.cfg.Now, n.cfg.Now, n.cfg.Now
 }
@@ -114,7 +115,16 @@ func (u *upstream) connect(ctx context.Context) (*TCPConn, error) {
 	if u.off() {
 		return nil, u.wrap("connect", errOff)
 	}
-	return u.knock(ctx)
+	if err := u.take(); err != nil {
+		return nil, u.wrap("connect", err)
+	}
+	c, err := u.knock(ctx)
+	if err != nil {
+		u.leave()
+		return nil, err
+	}
+	c.leave = u.leave
+	return c, nil
 }
 
 // knock is connect for an upstream that may be switched off.
@@ -164,7 +174,7 @@ const maxHandshake = time.Minute
 
 // done counts the end of an attempt.
 func (u *upstream) done(err error) {
-	if errors.Is(err, errOff) {
+	if errors.Is(err, errOff) || errors.Is(err, errFull) {
 		return // it has not been asked
 	}
 	u.total.Add(1)

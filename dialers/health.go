@@ -36,9 +36,11 @@ const (
 type HealthConfig struct {
 	// Target is what a check reaches through the member: host:port (TCP: it is reached), or http://host/path or https://host/path (it
 	// answers 2xx or 3xx). "" = no active checks. A name is sent to the member: members that take none need an address.
-	Target   string
-	Interval time.Duration // between the checks of a member, give or take a tenth; 30 s
-	Timeout  time.Duration // of one check; 5 s
+	Target string
+	// UDPTarget is an address of a DNS server, asked through an association of the member: any answer will do. "" = no active checks of UDP.
+	UDPTarget string
+	Interval  time.Duration // between the checks of a member, give or take a tenth; 30 s
+	Timeout   time.Duration // of one check; 5 s
 }
 
 // ParseTarget reads a Target and returns where it leads to; u is nil for host:port.
@@ -74,6 +76,7 @@ func ParseTarget(target string) (dst flow.Addr, u *url.URL, err error) {
 type checks struct {
 	dst flow.Addr
 	url *url.URL // nil = TCP
+	udp flow.Addr
 
 	mu     sync.Mutex
 	cancel context.CancelFunc // nil = not running
@@ -87,6 +90,11 @@ func (p *poolState) prepareChecks() (err error) {
 	}
 	if h.Timeout <= 0 {
 		h.Timeout = defaultTimeout
+	}
+	if h.UDPTarget != "" {
+		if p.checks.udp, err = parseUDPTarget(h.UDPTarget); err != nil {
+			return fmt.Errorf("health udp: %w", err)
+		}
 	}
 	if h.Target == "" {
 		return nil
@@ -105,7 +113,7 @@ func (p *poolState) Start() {
 	c := &p.checks
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if p.cfg.Health.Target == "" || c.cancel != nil {
+	if p.cfg.Health.Target == "" && p.cfg.Health.UDPTarget == "" || c.cancel != nil {
 		return
 	}
 	var ctx context.Context
@@ -166,22 +174,35 @@ func (p *poolState) checkAll(ctx context.Context) {
 	}
 }
 
-// check asks one member. Unlike with a flow, a destination that does not answer is the member's fault: that it can be reached is the point.
+// check asks one member, by both carriages at once. Unlike with a flow, a destination that does not answer is the member's fault: that it can be
+// reached is the point.
 func (p *poolState) check(ctx context.Context, i int) {
-	m := p.members[i]
-	if m.off() {
+	if p.members[i].off() {
 		return
 	}
+	var both sync.WaitGroup
+	defer both.Wait()
+	if p.cfg.Health.Target != "" {
+		both.Go(func() { p.checkBy(ctx, byTCP, i, p.reach) })
+	}
+	if p.cfg.Health.UDPTarget != "" {
+		both.Go(func() { p.checkBy(ctx, byUDP, i, p.reachUDP) })
+	}
+}
+
+func (p *poolState) checkBy(ctx context.Context, by carriage, i int, reach func(context.Context, flow.Dialer) error) {
+	m := p.members[i]
 	ctx, cancel := context.WithTimeoutCause(ctx, p.cfg.Health.Timeout, flow.ErrTimeout)
 	defer cancel()
-	err := p.reach(ctx, m.Dialer)
+	err := reach(ctx, m.Dialer)
 	switch {
-	case err != nil && errors.Is(ctx.Err(), context.Canceled), errors.Is(err, errOff):
+	case err != nil && errors.Is(ctx.Err(), context.Canceled), errors.Is(err, errOff), errors.Is(err, errFull):
+	case by == byUDP && errors.Is(err, errors.ErrUnsupported): // that is known of it already
 	case err != nil:
-		p.cfg.Log.Debug("health check failed", zap.String("pool", p.name), zap.String("upstream", m.Name()), zap.Error(err))
-		p.punish(m, m.faults.Add(2), fmt.Errorf("health check: %w: %w", flow.ErrUpstream, err))
+		p.cfg.Log.Debug("health check failed", zap.String("pool", p.name), zap.String("upstream", m.Name()), zap.Stringer("by", by), zap.Error(err))
+		p.punish(m, by, m.conditions[by].faults.Add(2), fmt.Errorf("health check: %w: %w", flow.ErrUpstream, err))
 	default:
-		p.note(ctx, i, nil)
+		p.note(ctx, by, i, nil)
 	}
 }
 

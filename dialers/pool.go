@@ -83,7 +83,25 @@ type member struct {
 	switched         switched // nil if it cannot be switched
 	weight, priority int
 	times            quantile // of its connections, for HedgePercentile
+	limited          limited  // nil if it has no maximum
 
+	conditions [2]condition // by carriage: a member whose UDP is dead may well carry TCP
+}
+
+// carriage is what is asked of a member.
+type carriage uint8
+
+// The carriages.
+const (
+	byTCP carriage = iota
+	byUDP
+)
+
+// String returns tcp or udp.
+func (c carriage) String() string { return [...]string{"tcp", "udp"}[min(c, byUDP)] }
+
+// condition is how a member is, in one carriage.
+type condition struct {
 	faults       atomic.Int32 // consecutive: 2 for a failure of the upstream, 1 for a silence that may be the destination's
 	ejections    atomic.Int32 // in a row, for the back-off
 	ejectedUntil atomic.Int64 // Unix ns; 0 = in
@@ -91,8 +109,10 @@ type member struct {
 	probeAt      atomic.Int64 // Unix ns; when the next flow tries a member that is not settled
 }
 
-// off reports whether the operator has switched the member off.
-func (m *member) off() bool { return m.switched != nil && m.switched.State() != Enabled }
+// off reports whether the member takes nothing now: it is switched off, or has as many flows as it may.
+func (m *member) off() bool { return m.switchedOff() || m.limited != nil && m.limited.full() }
+
+func (m *member) switchedOff() bool { return m.switched != nil && m.switched.State() != Enabled }
 
 // NewPool returns a pool of upstreams. Members may be pools.
 func NewPool(name, strategy string, members []flow.Dialer, cfg PoolConfig) (flow.Dialer, error) {
@@ -178,7 +198,10 @@ func (p *Pool) Members() []Status {
 	out := make([]Status, len(p.members))
 	for i, m := range p.members {
 		out[i] = StatusOf(m.Dialer)
-		out[i].Up = out[i].Up && m.ejectedUntil.Load() == 0 && !m.off()
+		if m.conditions[byUDP].ejectedUntil.Load() != 0 {
+			out[i].UDP = no
+		}
+		out[i].Up = out[i].Up && m.conditions[byTCP].ejectedUntil.Load() == 0 && !m.switchedOff()
 	}
 	return out
 }
@@ -221,7 +244,7 @@ func (p *Pool) dial(ctx context.Context, key uint64, open func(context.Context, 
 		return nil, fmt.Errorf("pool %s: %w", p.name, errOff)
 	}
 	n := min(len(p.members), 1+max(0, p.cfg.Retry))
-	tried := tries{key: key}
+	tried := tries{by: byTCP, key: key}
 	first := tried.pick(p) // before the race: how long to wait for it depends on who it is
 	c, errs := race(ctx, n, p.stagger(ctx, n, first), func(ctx context.Context, k int) (flow.Conn, error) {
 		i := first
@@ -230,7 +253,7 @@ func (p *Pool) dial(ctx context.Context, key uint64, open func(context.Context, 
 		}
 		begin := p.cfg.Now()
 		c, err := open(ctx, p.via[i])
-		p.note(ctx, i, err)
+		p.note(ctx, byTCP, i, err)
 		if err == nil && p.cfg.HedgePercentile > 0 {
 			p.members[i].times.add(p.cfg.Now().Sub(begin))
 		}
@@ -263,7 +286,7 @@ func (p *Pool) ListenPacket(ctx context.Context, f *flow.Flow) (flow.PacketConn,
 	if p.State() != Enabled {
 		return nil, fmt.Errorf("pool %s: %w", p.name, errOff)
 	}
-	var tried tries
+	tried := tries{by: byUDP}
 	if f != nil {
 		tried.key = p.key(f.Src.Addr(), &f.Dst)
 	}
@@ -271,7 +294,7 @@ func (p *Pool) ListenPacket(ctx context.Context, f *flow.Flow) (flow.PacketConn,
 	for failures := 0; len(tried.done) < len(p.members) && failures <= max(0, p.cfg.Retry) && ctx.Err() == nil; {
 		i := tried.pick(p)
 		pc, err := p.via[i].ListenPacket(ctx, f)
-		p.note(ctx, i, err)
+		p.note(ctx, byUDP, i, err)
 		if err == nil {
 			return pc, nil
 		}
@@ -284,6 +307,7 @@ func (p *Pool) ListenPacket(ctx context.Context, f *flow.Flow) (flow.PacketConn,
 
 // tries are the members that one flow has tried.
 type tries struct {
+	by   carriage
 	key  uint64 // of the flow, for Hash
 	mu   sync.Mutex
 	done []int
@@ -293,19 +317,19 @@ type tries struct {
 func (t *tries) pick(p *Pool) int {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	i := p.choose(t.key, t.done)
+	i := p.choose(t.by, t.key, t.done)
 	t.done = append(t.done, i)
 	return i
 }
 
 // choose returns the first member in the strategy's order that is well and not tried yet. Failing that it is one that is well but not settled,
 // or else the one whose ejection ends first. Members that are switched off come last of all, and fail without being asked.
-func (p *poolState) choose(key uint64, tried []int) int {
+func (p *poolState) choose(by carriage, key uint64, tried []int) int {
 	now := p.cfg.Now().UnixNano()
-	first := p.first(now, key, tried)
+	first := p.first(by, now, key, tried)
 	if p.strategy == Hash {
 		for k := range min(len(p.ring.owners), ringWalk) {
-			if i := p.ring.owner(first + k); p.fit(i, now, tried) && p.turnOf(i, now) == turnNow {
+			if i := p.ring.owner(first + k); p.fit(by, i, now, tried) && p.turnOf(by, i, now) == turnNow {
 				return i
 			}
 		}
@@ -317,11 +341,11 @@ func (p *poolState) choose(key uint64, tried []int) int {
 		if slices.Contains(tried, i) {
 			continue
 		}
-		rank := p.turnOf(i, now)
+		rank := p.turnOf(by, i, now)
 		if rank == turnNow {
 			return i
 		}
-		if until := p.members[i].ejectedUntil.Load(); last < 0 || rank < lastRank || rank == lastRank && rank == turnOut && until < lastUntil {
+		if until := p.members[i].conditions[by].ejectedUntil.Load(); last < 0 || rank < lastRank || rank == lastRank && rank == turnOut && until < lastUntil {
 			last, lastRank, lastUntil = i, rank, until
 		}
 	}
@@ -333,15 +357,15 @@ const (
 	turnNow      = iota
 	turnUnproven // well again, but not for long
 	turnOut      // ejected
-	turnNever    // switched off
+	turnNever    // switched off, or full
 )
 
 // turnOf says whether it is a member's turn. Of a member that has been out, one flow a while finds out how it is; the others keep away.
-func (p *poolState) turnOf(i int, now int64) int {
-	m := p.members[i]
-	if m.off() {
+func (p *poolState) turnOf(by carriage, i int, now int64) int {
+	if p.members[i].off() {
 		return turnNever
 	}
+	m := &p.members[i].conditions[by]
 	if until := m.ejectedUntil.Load(); until != 0 {
 		if until <= now && m.ejectedUntil.CompareAndSwap(until, now+int64(probeTime)) {
 			return turnNow
@@ -359,60 +383,65 @@ func (p *poolState) turnOf(i int, now int64) int {
 }
 
 // note records how an attempt ended. Whatever a member has answered shows that it lives, also a no.
-func (p *poolState) note(ctx context.Context, i int, err error) {
+func (p *poolState) note(ctx context.Context, by carriage, i int, err error) {
 	m := p.members[i]
+	c := &m.conditions[by]
 	var faults int32
 	switch {
-	case errors.Is(err, errOff):
+	case errors.Is(err, errOff), errors.Is(err, errFull):
 		return // not its fault
 	case err != nil && errors.Is(ctx.Err(), context.Canceled):
 		return // the application gave up, or another member was faster
 	case errors.Is(err, flow.ErrUpstream):
-		faults = m.faults.Add(2)
+		faults = c.faults.Add(2)
 	case errors.Is(err, flow.ErrTimeout) || err != nil && timedOut(err):
-		faults = m.faults.Add(1)
+		faults = c.faults.Add(1)
 	case errors.Is(err, flow.ErrNoServers), errors.Is(err, errors.ErrUnsupported):
 		return // the member has not been asked
 	default:
-		if m.faults.Load() == 0 { // nothing to forgive: no write to a line that all flows share
+		if c.faults.Load() == 0 { // nothing to forgive: no write to a line that all flows share
 			return
 		}
-		m.faults.Store(0)
-		m.ejections.Store(0)
-		if m.ejectedUntil.Load() != 0 {
-			p.settle(m)
-			m.ejectedUntil.Store(0)
-			p.cfg.Log.Info("upstream is back", zap.String("pool", p.name), zap.String("upstream", m.Name()))
+		c.faults.Store(0)
+		c.ejections.Store(0)
+		if c.ejectedUntil.Load() != 0 {
+			p.settle(c)
+			c.ejectedUntil.Store(0)
+			p.cfg.Log.Info("upstream is back", zap.String("pool", p.name), zap.String("upstream", m.Name()), zap.Stringer("for", by))
 		}
 		return
 	}
-	p.punish(m, faults, err)
+	p.punish(m, by, faults, err)
 }
 
 // settle lets a member that is back prove itself before Failover returns to it. Other strategies have no better members to return to.
-func (p *poolState) settle(m *member) {
+func (p *poolState) settle(c *condition) {
 	if p.strategy == Failover && len(p.members) > 1 {
 		now := p.cfg.Now()
-		m.probeAt.Store(now.Add(probeTime).UnixNano())
-		m.settledAt.Store(now.Add(p.cfg.Settle).UnixNano())
+		c.probeAt.Store(now.Add(probeTime).UnixNano())
+		c.settledAt.Store(now.Add(p.cfg.Settle).UnixNano())
 	}
 }
 
 // punish ejects a member that has failed often enough.
-func (p *poolState) punish(m *member, faults int32, err error) {
-	if m.settledAt.Load() != 0 && errors.Is(err, flow.ErrUpstream) {
-		p.settle(m) // from the beginning
+func (p *poolState) punish(m *member, by carriage, faults int32, err error) {
+	c := &m.conditions[by]
+	if c.settledAt.Load() != 0 && errors.Is(err, flow.ErrUpstream) {
+		p.settle(c) // from the beginning
 	}
 	now := p.cfg.Now()
-	until := m.ejectedUntil.Load()
+	until := c.ejectedUntil.Load()
 	out := until != 0
 	if faults < int32(2*p.cfg.Failures) && !out || until > now.Add(probeTime).UnixNano() {
 		return // not enough, or out already and tried for want of a better one
 	}
-	wait := min(p.cfg.Eject<<min(m.ejections.Add(1)-1, 10), maxEject)
-	m.ejectedUntil.Store(now.Add(wait).UnixNano())
+	wait := min(p.cfg.Eject<<min(c.ejections.Add(1)-1, 10), maxEject)
+	c.ejectedUntil.Store(now.Add(wait).UnixNano())
 	if !out {
-		p.cfg.Log.Warn("upstream ejected", zap.String("pool", p.name), zap.String("upstream", m.Name()), zap.Duration("for", wait), zap.Error(err))
+		p.cfg.Log.Warn("upstream ejected", zap.String("pool", p.name), zap.String("upstream", m.Name()), zap.Stringer("for", by), zap.Duration("time", wait), zap.Error(err))
+		if !slices.ContainsFunc(p.members, func(m *member) bool { return m.conditions[by].ejectedUntil.Load() == 0 }) {
+			p.cfg.Log.Error("no member of the pool is left: flows through it fail until one is back", zap.String("pool", p.name), zap.Stringer("for", by))
+		}
 	}
 }
 

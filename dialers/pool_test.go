@@ -194,7 +194,7 @@ func TestPoolCancel(t *testing.T) {
 		if _, err := p.Dial(ctx, flow.Addr{}); !errors.Is(err, gone) {
 			t.Error(err)
 		}
-		if p.members[0].faults.Load() != 0 {
+		if p.members[0].conditions[byTCP].faults.Load() != 0 {
 			t.Error("a caller that gave up was held against the member")
 		}
 	})
@@ -271,7 +271,7 @@ func TestPoolAllEjected(t *testing.T) {
 			t.Error("up")
 		}
 		for _, mm := range p.members {
-			if left := time.Until(time.Unix(0, mm.ejectedUntil.Load())); left > defaultEject {
+			if left := time.Until(time.Unix(0, mm.conditions[byTCP].ejectedUntil.Load())); left > defaultEject {
 				t.Errorf("flows that had no choice prolonged the ejection to %v", left)
 			}
 		}
@@ -322,7 +322,7 @@ func TestPoolUDP(t *testing.T) {
 					t.Errorf("m%d asked %d times, want %d", i, got, want)
 				}
 			}
-			if p.members[0].faults.Load() > 0 && errors.Is(tt.errs[0], errors.ErrUnsupported) {
+			if p.members[0].conditions[byTCP].faults.Load() > 0 && errors.Is(tt.errs[0], errors.ErrUnsupported) {
 				t.Error("no UDP was held against a member")
 			}
 		})

@@ -26,6 +26,35 @@ func (s State) String() string {
 	return [...]string{"enabled", "draining", "disabled"}[min(s, Disabled)]
 }
 
+// errFull is what a flow to an upstream gets that has as many as it may. A pool goes on to the next member and holds it against nobody.
+var errFull = fmt.Errorf("%w: it has as many flows as it may (max_flows)", flow.ErrUpstream)
+
+// places bounds the flows of an upstream, those being opened included. The zero value has no bound.
+type places struct {
+	most  int64 // 0 = no bound
+	taken atomic.Int64
+}
+
+// limited is implemented by upstreams that may have a maximum of flows.
+type limited interface{ full() bool }
+
+func (p *places) full() bool { return p.most > 0 && p.taken.Load() >= p.most }
+
+// take takes a place, to be given back with leave.
+func (p *places) take() error {
+	if p.most > 0 && p.taken.Add(1) > p.most {
+		p.taken.Add(-1)
+		return errFull
+	}
+	return nil
+}
+
+func (p *places) leave() {
+	if p.most > 0 {
+		p.taken.Add(-1)
+	}
+}
+
 // errOff is what a flow to an upstream gets that takes nothing new. A pool goes on to the next member and holds it against nobody.
 var errOff = fmt.Errorf("%w: switched off by the operator", flow.ErrUpstream)
 

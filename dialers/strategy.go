@@ -27,10 +27,13 @@ func strategies() []string {
 	return []string{RoundRobin, Weighted, Random, LeastConnections, LeastLatency, Failover, Hash}
 }
 
-// sampled is how many members least-connections and least-latency compare. Pools of up to that many are compared whole; of larger ones a
-// sample, which costs the same however many there are: the best of eight at random is among the best third of all 19 times of 20, and that
-// flows cannot all see the same best member and flood it is worth more than the rest.
-const sampled = 8
+// Least-connections and least-latency compare all members of pools of up to wholly, and of larger ones a sample, which costs the same however
+// many there are: the best of four at random is nearly as good as the best of all (the power of choices), and that flows cannot all see the
+// same best member and flood it is worth more than the rest.
+const (
+	wholly = 6
+	sample = 4
+)
 
 // maxSchedule bounds the sequence of turns of a weighted pool; weights are scaled down to fit.
 const maxSchedule = 4096
@@ -78,6 +81,7 @@ func newMember(d flow.Dialer) *member {
 	m := &member{Dialer: d, weight: 1}
 	m.gauged, _ = d.(gauged)
 	m.switched, _ = d.(switched)
+	m.limited, _ = d.(limited)
 	if s, ok := d.(interface{ Spec() Spec }); ok {
 		m.weight, m.priority = max(1, s.Spec().Weight), s.Spec().Priority
 	}
@@ -138,7 +142,7 @@ func gcd(a, b int) int {
 }
 
 // first returns the place in the order at which the strategy starts; for hash, the place on the ring.
-func (p *poolState) first(now int64, key uint64, tried []int) int {
+func (p *poolState) first(by carriage, now int64, key uint64, tried []int) int {
 	n := len(p.members)
 	switch p.strategy {
 	case RoundRobin:
@@ -147,45 +151,64 @@ func (p *poolState) first(now int64, key uint64, tried []int) int {
 		return int(p.turns[(p.next.Add(1)-1)%uint64(len(p.turns))])
 	case Random:
 		a, b := rand.IntN(n), rand.IntN(n)
-		if p.better(b, a, now, tried) {
+		ca, cb := p.candidate(by, a, now, tried), p.candidate(by, b, now, tried)
+		if p.better(&cb, &ca) {
 			return b
 		}
 		return a
 	case LeastConnections, LeastLatency:
-		best := rand.IntN(n) // among equals, not always the same
-		start := best
-		for k := 1; k < min(n, sampled); k++ {
-			i := (start + k) % n
-			if n > sampled {
+		start := rand.IntN(n) // among equals, not always the same
+		best := p.candidate(by, start, now, tried)
+		others := n
+		if n > wholly {
+			others = sample
+		}
+		for k := 1; k < others; k++ {
+			i := start + k
+			if n > wholly {
 				i = rand.IntN(n)
+			} else if i >= n {
+				i -= n
 			}
-			if p.better(i, best, now, tried) {
-				best = i
+			if c := p.candidate(by, i, now, tried); p.better(&c, &best) {
+				best = c
 			}
 		}
-		return best
+		return best.i
 	case Hash:
 		return p.ring.at(key)
 	}
 	return 0
 }
 
-// better reports whether member a is to be preferred to member b.
-func (p *poolState) better(a, b int, now int64, tried []int) bool {
-	if fa, fb := p.fit(a, now, tried), p.fit(b, now, tried); fa != fb {
-		return fa
+// candidate is what members are compared by.
+type candidate struct {
+	i               int
+	fit             bool
+	weight          int64
+	active, latency int64
+}
+
+func (p *poolState) candidate(by carriage, i int, now int64, tried []int) candidate {
+	m := p.members[i]
+	c := candidate{i: i, fit: p.fit(by, i, now, tried), weight: int64(m.weight)}
+	c.active, c.latency = m.gauge(now)
+	return c
+}
+
+// better reports whether a is to be preferred to b.
+func (p *poolState) better(a, b *candidate) bool {
+	if a.fit != b.fit {
+		return a.fit
 	}
-	ma, mb := p.members[a], p.members[b]
-	activeA, latencyA := ma.gauge(now)
-	activeB, latencyB := mb.gauge(now)
 	if p.strategy == LeastLatency {
-		return latencyA*(activeA+1) < latencyB*(activeB+1) // one that is not known yet comes first, and is known then
+		return a.latency*(a.active+1) < b.latency*(b.active+1) // one that is not known yet comes first, and is known then
 	}
-	return activeA*int64(mb.weight) < activeB*int64(ma.weight)
+	return a.active*b.weight < b.active*a.weight
 }
 
 // fit reports whether a member can be tried now.
-func (p *poolState) fit(i int, now int64, tried []int) bool {
+func (p *poolState) fit(by carriage, i int, now int64, tried []int) bool {
 	m := p.members[i]
-	return m.ejectedUntil.Load() <= now && !m.off() && !slices.Contains(tried, i)
+	return m.conditions[by].ejectedUntil.Load() <= now && !m.off() && !slices.Contains(tried, i)
 }

@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -168,6 +169,27 @@ func TestStrategiesFindTheLiving(t *testing.T) {
 	}
 }
 
+// TestPickAllocs: choosing a member and noting how it went costs no memory, whatever the strategy.
+func TestPickAllocs(t *testing.T) {
+	if raceEnabled {
+		t.Skip("the race detector allocates")
+	}
+	for _, s := range strategies() {
+		ds, _ := weighties(1000, func(i int, w *weighty) { w.spec.Weight = 1 + i%3 })
+		d, err := NewPool("eu", s, ds, PoolConfig{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		p := d.(*Pool)
+		dst := flow.Addr{Host: "www.example.com", Port: 443}
+		if n := testing.AllocsPerRun(1000, func() {
+			p.note(context.Background(), byTCP, p.choose(byTCP, p.key(netip.Addr{}, &dst), nil), nil)
+		}); n != 0 {
+			t.Errorf("%s: %v allocations", s, n)
+		}
+	}
+}
+
 func BenchmarkPick(b *testing.B) {
 	for _, s := range strategies() {
 		for _, n := range []int{1, 8, 1000} {
@@ -180,9 +202,10 @@ func BenchmarkPick(b *testing.B) {
 				p := d.(*Pool)
 				dst := flow.Addr{Host: "www.example.com", Port: 443}
 				b.ReportAllocs()
+				b.SetParallelism(max(1, 64/runtime.GOMAXPROCS(0)))
 				b.RunParallel(func(pb *testing.PB) {
 					for pb.Next() {
-						p.note(context.Background(), p.choose(p.key(netip.Addr{}, &dst), nil), nil)
+						p.note(context.Background(), byTCP, p.choose(byTCP, p.key(netip.Addr{}, &dst), nil), nil)
 					}
 				})
 			})

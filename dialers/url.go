@@ -58,6 +58,7 @@ type Spec struct {
 	Name         string // option name
 	Weight       int    // option weight, at least 1 when given
 	Priority     int    // option priority
+	MaxFlows     int    // option max_flows: connections and associations at a time; 0 = no bound
 	UDP          string // option udp: auto (the default) | on | off | over-tcp
 	Auth         string // option auth: basic | digest | bearer
 	SNI          string // option sni: the name asked for in TLS instead of Host
@@ -265,6 +266,8 @@ func (s *Spec) setOption(key, value string) (err error) {
 		s.Weight, err = number(key, value, 1)
 	case "priority":
 		s.Priority, err = number(key, value, 0)
+	case "max_flows":
+		s.MaxFlows, err = number(key, value, 1)
 	case "udp":
 		s.UDP = value
 		return oneOf(key, value, UDPAuto, UDPOn, UDPOff, UDPOverTCP)
@@ -294,7 +297,7 @@ func (s *Spec) setOption(key, value string) (err error) {
 	case "key":
 		return file(&s.KeyFile, key, value)
 	default:
-		return urlErr("option", "unknown: use weight priority udp auth sni insecure pipeline name password_file token_file ca cert key header")
+		return urlErr("option", "unknown: use weight priority max_flows udp auth sni insecure pipeline name password_file token_file ca cert key header")
 	}
 	return err
 }

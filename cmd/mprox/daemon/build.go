@@ -159,6 +159,9 @@ func (u *upstreams) add(name string, net *dialers.Net, old *upstreams) error {
 	if spec.Priority == 0 {
 		spec.Priority = c.Priority
 	}
+	if spec.MaxFlows == 0 {
+		spec.MaxFlows = c.MaxFlows
+	}
 	authenticate(&spec, c.Auth)
 	if err := spec.ReadSecrets(); err != nil {
 		return err
@@ -219,7 +222,7 @@ func (u *upstreams) addPool(name string, old *upstreams) error {
 func poolConfig(c config.Pool, log *zap.Logger) dialers.PoolConfig {
 	p := dialers.PoolConfig{
 		Retry: c.Retry, Failures: c.Health.Passive.Failures, Eject: c.Health.Passive.Eject.D(), Log: log,
-		Health: dialers.HealthConfig{Target: c.Health.Target, Interval: c.Health.Interval.D(), Timeout: c.Health.Timeout.D()},
+		Health: dialers.HealthConfig{Target: c.Health.Target, UDPTarget: c.Health.UDP, Interval: c.Health.Interval.D(), Timeout: c.Health.Timeout.D()},
 	}
 	switch c.HashBy {
 	case "source":
