@@ -7,8 +7,9 @@
 set -euo pipefail
 
 packages=(
-  ca-certificates curl dante-server dnsutils iperf3 iproute2 iputils-ping knot-dnsutils lftp microsocks nftables openssh-client
-  openssh-server openssl procps proxychains4 python3 socat squid tcpdump tinyproxy unbound util-linux vsftpd
+  apache2 ca-certificates chromium connect-proxy curl dante-server dnsutils iperf3 iproute2 iputils-ping knot-dnsutils lftp microsocks ncat
+  netcat-openbsd nftables openssh-client openssh-server openssl privoxy procps proxychains4 python3 python3-socks shadowsocks-libev socat
+  squid-openssl stunnel4 tcpdump tinyproxy unbound util-linux vsftpd
 )
 # dnsutils is a transitional package on newer releases: the programs count, not the name.
 satisfied() {
@@ -49,7 +50,8 @@ rm -f "$log"
 
 # Installed by us just now, so nobody relies on it: it must not start at the next boot either.
 declare -A units=(
-  [dante-server]=danted.service [squid]=squid.service [tinyproxy]=tinyproxy.service [unbound]=unbound.service
+  [apache2]=apache2.service [privoxy]=privoxy.service [shadowsocks-libev]=shadowsocks-libev.service [stunnel4]=stunnel.target
+  [dante-server]=danted.service [squid-openssl]=squid.service [tinyproxy]=tinyproxy.service [unbound]=unbound.service
   [openssh-server]=ssh.service [microsocks]=microsocks.service [iperf3]=iperf3.service [vsftpd]=vsftpd.service [nftables]=nftables.service
 )
 if [[ -d /run/systemd/system ]]; then
