@@ -10,7 +10,7 @@ TOOL    := go tool -modfile=.ci/tools.mod
 PREFIX  ?= /usr/local
 FUZZTIME ?= 20s
 
-.PHONY: build cross demo test unit race e2e fuzz bench microbench profile lint fmt fmt-check check install clean
+.PHONY: build cross demo test unit race e2e interop fuzz bench microbench profile lint fmt fmt-check check install clean
 
 build: ## the static binary, ./mprox
 	go build -trimpath -ldflags '$(LDFLAGS)' -o mprox ./cmd/mprox
@@ -33,6 +33,10 @@ race:
 e2e: build ## black-box tests in namespaces against real servers (needs root)
 	bash e2e/setup.sh
 	MPROX_BIN=$(CURDIR)/mprox go test -count=1 -timeout 25m -v ./e2e/...
+
+interop: build ## every proxy server through mprox; writes the table of docs/interop.md (needs root; installs the servers)
+	bash e2e/setup.sh
+	MPROX_INTEROP=write MPROX_BIN=$(CURDIR)/mprox go test -count=1 -v -run '^TestInterop$$' ./e2e/
 
 fuzz: ## each fuzz target for FUZZTIME
 	bash .ci/fuzz $(FUZZTIME)

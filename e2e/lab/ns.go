@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -266,6 +267,20 @@ func (n *NS) Dial(network, addr string, timeout time.Duration) (net.Conn, error)
 	var c net.Conn
 	err := n.Do(func() (err error) {
 		c, err = (&net.Dialer{Timeout: timeout}).Dial(network, addr)
+		return err
+	})
+	return c, err
+}
+
+// DialFrom is Dial from one of the namespace's addresses.
+func (n *NS) DialFrom(network string, from netip.Addr, addr string, timeout time.Duration) (net.Conn, error) {
+	var local net.Addr = &net.TCPAddr{IP: from.AsSlice()}
+	if strings.HasPrefix(network, "udp") {
+		local = &net.UDPAddr{IP: from.AsSlice()}
+	}
+	var c net.Conn
+	err := n.Do(func() (err error) {
+		c, err = (&net.Dialer{Timeout: timeout, LocalAddr: local}).Dial(network, addr)
 		return err
 	})
 	return c, err

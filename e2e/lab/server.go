@@ -41,6 +41,7 @@ type Server struct {
 	IPv6   bool   // it reaches IPv6 destinations
 	// HalfClose: it carries the end of one direction and keeps the other; TestServers shows which do.
 	HalfClose bool
+	Options   string // of the URL, after the ?
 	start     func() *Proc
 }
 
@@ -49,6 +50,9 @@ func (s *Server) URL() string {
 	u := url.URL{Scheme: s.Scheme, Host: s.Addr.String()}
 	if s.Pass != "" {
 		u.User = url.UserPassword(User, s.Pass)
+	}
+	if s.Options != "" {
+		return u.String() + "?" + s.Options
 	}
 	return u.String()
 }
@@ -332,7 +336,7 @@ func (l *Lab) SSHDynamic(t *testing.T, port uint16) *Server {
 	return s
 }
 
-// Certificate makes a CA and a server certificate for the given names and addresses; it returns the files.
+// Certificate makes a CA and a certificate, for servers and clients, of the given names and addresses; it returns the files.
 func (l *Lab) Certificate(t *testing.T, names []string, ips ...netip.Addr) (ca, cert, key string) {
 	t.Helper()
 	k, err := ecdsa.GenerateKey(elliptic.P256(), crand.Reader)
@@ -340,9 +344,9 @@ func (l *Lab) Certificate(t *testing.T, names []string, ips ...netip.Addr) (ca, 
 		t.Fatal(err)
 	}
 	tmpl := &x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "lab"}, NotBefore: time.Now().Add(-time.Hour),
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: names[0]}, NotBefore: time.Now().Add(-time.Hour),
 		NotAfter: time.Now().Add(24 * time.Hour), IsCA: true, BasicConstraintsValid: true, DNSNames: names,
-		KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+		KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
 	}
 	for _, ip := range ips {
 		tmpl.IPAddresses = append(tmpl.IPAddresses, net.IP(ip.AsSlice()))
@@ -355,8 +359,8 @@ func (l *Lab) Certificate(t *testing.T, names []string, ips ...netip.Addr) (ca, 
 	if err != nil {
 		t.Fatal(err)
 	}
-	cert = l.File("cert.pem", string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})))
-	key = l.File("key.pem", string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: kder})))
+	cert = l.File(names[0]+"-cert.pem", string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})))
+	key = l.File(names[0]+"-key.pem", string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: kder})))
 	return cert, cert, key
 }
 
