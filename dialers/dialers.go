@@ -46,9 +46,6 @@ const (
 // New returns the upstream that a Spec describes. It opens nothing; read the secret files before (Spec.ReadSecrets). reject and drop are
 // actions of routing, not upstreams.
 func New(name string, s Spec, n *Net) (flow.Dialer, error) {
-	if s.UDP == UDPOverTCP {
-		return nil, fmt.Errorf("upstream %s: udp=over-tcp: %w", name, flow.ErrNotSupported)
-	}
 	if s.tls == nil && (s.CAFile != "" || s.CertFile != "") {
 		return nil, fmt.Errorf("upstream %s: the certificates have not been read", name) // the system's instead would trust too many
 	}

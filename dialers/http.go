@@ -28,7 +28,7 @@ const (
 )
 
 // HTTP is an HTTP proxy asked with CONNECT (RFC 9110 section 9.3.6), in the clear or inside TLS (https). It is sent names. Credentials
-// are Basic (RFC 7617), Digest (RFC 7616) or Bearer (RFC 6750). It carries no UDP.
+// are Basic (RFC 7617), Digest (RFC 7616) or Bearer (RFC 6750). It carries UDP in a stream only.
 type HTTP struct {
 	upstream
 	tls    *tls.Config // nil for http
@@ -47,7 +47,10 @@ func newHTTP(name string, s Spec, n *Net) *HTTP {
 // Status returns the counters and what has been learned.
 func (h *HTTP) Status() Status {
 	st := h.status()
-	st.UDP, st.Bind, st.RemoteDNS = no, no, yes
+	st.Bind, st.RemoteDNS = no, yes
+	if !h.spec.overTCP() {
+		st.UDP = no
+	}
 	return st
 }
 
@@ -58,8 +61,11 @@ func (h *HTTP) DialContext(ctx context.Context, network, address string) (net.Co
 	return dialContext(ctx, h, network, address)
 }
 
-// ListenPacket wraps errors.ErrUnsupported.
-func (h *HTTP) ListenPacket(context.Context, *flow.Flow) (flow.PacketConn, error) {
+// ListenPacket opens an association in a stream if that is asked for (udp=over-tcp), and else wraps errors.ErrUnsupported.
+func (h *HTTP) ListenPacket(ctx context.Context, _ *flow.Flow) (flow.PacketConn, error) {
+	if h.spec.overTCP() {
+		return h.listenOverTCP(ctx, h.Dial)
+	}
 	return nil, h.wrap("udp", errors.ErrUnsupported)
 }
 

@@ -41,7 +41,9 @@ func newSOCKS4(name string, s Spec, n *Net) *SOCKS4 {
 // Status returns the counters and what the protocol can do.
 func (s *SOCKS4) Status() Status {
 	st := s.status()
-	st.UDP, st.IPv6 = no, no
+	if st.IPv6 = no; !s.spec.overTCP() {
+		st.UDP = no
+	}
 	if st.RemoteDNS = no; s.names {
 		st.RemoteDNS = yes
 	}
@@ -55,8 +57,11 @@ func (s *SOCKS4) DialContext(ctx context.Context, network, address string) (net.
 	return dialContext(ctx, s, network, address)
 }
 
-// ListenPacket wraps errors.ErrUnsupported.
-func (s *SOCKS4) ListenPacket(context.Context, *flow.Flow) (flow.PacketConn, error) {
+// ListenPacket opens an association in a stream if that is asked for (udp=over-tcp), and else wraps errors.ErrUnsupported.
+func (s *SOCKS4) ListenPacket(ctx context.Context, _ *flow.Flow) (flow.PacketConn, error) {
+	if s.spec.overTCP() {
+		return s.listenOverTCP(ctx, s.Dial)
+	}
 	return nil, s.wrap("udp", errors.ErrUnsupported)
 }
 

@@ -51,7 +51,7 @@ type SOCKS5 struct {
 }
 
 func newSOCKS5(name string, s Spec, n *Net) *SOCKS5 {
-	if s.Scheme == SchemeSOCKS5s && s.UDP != UDPOn {
+	if s.Scheme == SchemeSOCKS5s && s.UDP != UDPOn && !s.overTCP() {
 		s.UDP = UDPOff // datagrams would go to the proxy in the clear: only if asked for
 	}
 	d := &SOCKS5{names: s.Scheme != SchemeSOCKS5}

@@ -345,7 +345,7 @@ func TestDialContextErrors(t *testing.T) {
 }
 
 func TestNewUnsupported(t *testing.T) {
-	for _, raw := range []string{"reject://", "drop://", "socks5://h?udp=over-tcp"} {
+	for _, raw := range []string{"reject://", "drop://"} {
 		if _, err := New("up", spec(t, raw), NewNet(NetConfig{})); err == nil || !strings.Contains(err.Error(), "upstream up: ") {
 			t.Errorf("%s: %v", raw, err)
 		}

@@ -23,6 +23,9 @@ const maxControlNoise = 4096
 // ListenPacket asks the upstream for a UDP association (RFC 1928 section 7). It wraps errors.ErrUnsupported if the upstream has none,
 // and then at once for a while.
 func (s *SOCKS5) ListenPacket(ctx context.Context, f *flow.Flow) (flow.PacketConn, error) {
+	if s.spec.overTCP() {
+		return s.listenOverTCP(ctx, s.Dial)
+	}
 	if s.spec.UDP == UDPOff || s.spec.UDP != UDPOn && !s.udp.allowed() {
 		return nil, s.wrap("udp associate", errors.ErrUnsupported)
 	}

@@ -32,10 +32,12 @@ const (
 
 // The values of the option udp.
 const (
-	UDPAuto    = "auto" // tried, and what the server says is remembered for a while
-	UDPOn      = "on"   // tried every time
-	UDPOff     = "off"
-	UDPOverTCP = "over-tcp"
+	UDPAuto = "auto" // tried, and what the server says is remembered for a while
+	UDPOn   = "on"   // tried every time
+	UDPOff  = "off"
+	// UDPOverTCP carries datagrams in a stream, as SagerNet's UDP over TCP version 2 has it; UDPOverTCP1 is version 1.
+	UDPOverTCP  = "over-tcp"
+	UDPOverTCP1 = "over-tcp-v1"
 )
 
 // maxURL bounds a proxy URL; anything longer is a mistake.
@@ -59,7 +61,7 @@ type Spec struct {
 	Weight       int    // option weight, at least 1 when given
 	Priority     int    // option priority
 	MaxFlows     int    // option max_flows: connections and associations at a time; 0 = no bound
-	UDP          string // option udp: auto (the default) | on | off | over-tcp
+	UDP          string // option udp: auto (the default) | on | off | over-tcp | over-tcp-v1
 	Auth         string // option auth: basic | digest | bearer
 	SNI          string // option sni: the name asked for in TLS instead of Host
 	Insecure     bool   // option insecure=1: the proxy's certificate is not verified
@@ -270,7 +272,7 @@ func (s *Spec) setOption(key, value string) (err error) {
 		s.MaxFlows, err = number(key, value, 1)
 	case "udp":
 		s.UDP = value
-		return oneOf(key, value, UDPAuto, UDPOn, UDPOff, UDPOverTCP)
+		return oneOf(key, value, UDPAuto, UDPOn, UDPOff, UDPOverTCP, UDPOverTCP1)
 	case "auth":
 		s.Auth = value
 		return oneOf(key, value, "basic", "digest", "bearer")
@@ -348,6 +350,8 @@ func (s *Spec) check() error {
 		return urlErr("ca", "insecure=1 would make it worth nothing")
 	case s.KeyFile != "" && s.CertFile == "":
 		return urlErr("key", "needs cert")
+	case s.overTCP() && (s.builtin() || s.Scheme == SchemeSOCKS4 || s.Scheme == SchemeSOCKS5):
+		return urlErr("udp", "%s asks for a stream to a name: use socks5h, socks5s, socks4a, http or https", s.UDP)
 	case len(s.Headers) > 0 && s.Scheme != SchemeHTTP && s.Scheme != SchemeHTTPS && s.Scheme != SchemeAuto:
 		return urlErr("header", "only for a proxy asked by HTTP")
 	}
@@ -360,6 +364,9 @@ func (s *Spec) checkLengths() error {
 	}
 	return nil
 }
+
+// overTCP reports whether datagrams are to travel in a stream.
+func (s *Spec) overTCP() bool { return s.UDP == UDPOverTCP || s.UDP == UDPOverTCP1 }
 
 // builtin reports whether the upstream is one of our own: no server.
 func (s *Spec) builtin() bool {

@@ -99,14 +99,21 @@ func (c *session) connect(r request) error {
 		c.refuse(httpReply(400, "Bad Request", "", "Connection: close\r\n"))
 		return fmt.Errorf("http: %w", err)
 	}
+	granted := []byte("HTTP/1.1 200 Connection established\r\n\r\n")
+	refused := func(err error) []byte {
+		status, text, why := statusOf(err)
+		return httpReply(status, text, why, "Connection: close\r\n")
+	}
+	if isOverTCP(dst) {
+		return c.overTCP(dst, granted, refused)
+	}
 	c.dst = dst.String()
 	out, err := c.dial(dst)
 	if err != nil {
-		status, text, why := statusOf(err)
-		c.refuse(httpReply(status, text, why, "Connection: close\r\n"))
+		c.refuse(refused(err))
 		return err
 	}
-	return c.relay(out, []byte("HTTP/1.1 200 Connection established\r\n\r\n"))
+	return c.relay(out, granted)
 }
 
 // parseTarget reads the authority form: host:port.
@@ -116,11 +123,13 @@ func parseTarget(target string) (flow.Addr, error) {
 		return flow.Addr{}, errMalformed
 	}
 	n, err := strconv.ParseUint(port, 10, 16)
-	if err != nil || n == 0 {
+	if err != nil {
 		return flow.Addr{}, errMalformed
 	}
 	dst, err := nameAddr(host)
-	dst.Port = uint16(n)
+	if dst.Port = uint16(n); n == 0 && !isOverTCP(dst) {
+		err = errMalformed
+	}
 	return dst, err
 }
 

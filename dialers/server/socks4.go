@@ -47,6 +47,9 @@ func (c *session) socks4() error {
 }
 
 func (c *session) connect4(dst flow.Addr) error {
+	if isOverTCP(dst) {
+		return c.overTCP(dst, reply4(socks4Granted, netip.AddrPort{}), func(error) []byte { return reply4(socks4Rejected, netip.AddrPort{}) })
+	}
 	c.dst = dst.String()
 	out, err := c.dial(dst)
 	if err != nil {

@@ -154,9 +154,24 @@ func readRequest(r io.Reader) (cmd byte, dst flow.Addr, err error) {
 	if head[0] != socksVersion {
 		return 0, dst, errVersion
 	}
+	dst, err = readAddrOf(r, head[3])
+	return head[1], dst, err
+}
+
+// readAddr reads type, address and port.
+func readAddr(r io.Reader) (flow.Addr, error) {
+	var atyp [1]byte
+	if _, err := io.ReadFull(r, atyp[:]); err != nil {
+		return flow.Addr{}, err
+	}
+	return readAddrOf(r, atyp[0])
+}
+
+// readAddrOf reads address and port.
+func readAddrOf(r io.Reader, atyp byte) (dst flow.Addr, err error) {
 	var ip4 [4]byte
 	var ip6 [16]byte
-	switch head[3] {
+	switch atyp {
 	case atypIPv4:
 		_, err = io.ReadFull(r, ip4[:])
 		dst.IP = netip.AddrFrom4(ip4)
@@ -169,15 +184,15 @@ func readRequest(r io.Reader) (cmd byte, dst flow.Addr, err error) {
 			dst, err = nameAddr(name)
 		}
 	default:
-		return head[1], dst, errAtyp
+		return dst, errAtyp
 	}
 	if err != nil {
-		return head[1], dst, err
+		return dst, err
 	}
 	var port [2]byte
 	_, err = io.ReadFull(r, port[:])
 	dst.Port = binary.BigEndian.Uint16(port[:])
-	return head[1], dst, err
+	return dst, err
 }
 
 // nameAddr turns what a client calls a name into an address: names that are IP literals become that.
@@ -234,6 +249,9 @@ func repOf(err error) byte {
 
 // socksConnect is CONNECT. The success reply carries the address that we connect from.
 func (c *session) socksConnect(dst flow.Addr) error {
+	if isOverTCP(dst) {
+		return c.overTCP(dst, socksReply(repSucceeded, netip.AddrPort{}), func(err error) []byte { return socksReply(repOf(err), netip.AddrPort{}) })
+	}
 	c.dst = dst.String()
 	out, err := c.dial(dst)
 	if err != nil {

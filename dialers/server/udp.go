@@ -86,7 +86,7 @@ func (a *association) run() error {
 		})
 	}
 	a.last.Store(time.Now().UnixNano())
-	idle := a.watch(func() { end(errIdle) })
+	idle := watchDatagrams(&a.last, a.c.s.cfg.UDPIdleTimeout, func() { end(errIdle) })
 	defer idle.Stop()
 	var wg sync.WaitGroup
 	wg.Go(func() { end(a.up()) })
@@ -97,14 +97,13 @@ func (a *association) run() error {
 	return cause
 }
 
-// watch calls end when no datagram has moved for the idle time.
-func (a *association) watch(end func()) *time.Timer {
-	limit := a.c.s.cfg.UDPIdleTimeout
+// watchDatagrams calls end when no datagram has moved for limit. last is when one did, in Unix ns.
+func watchDatagrams(last *atomic.Int64, limit time.Duration, end func()) *time.Timer {
 	ready := make(chan *time.Timer, 1)
 	t := time.AfterFunc(limit, func() {
 		t := <-ready
 		ready <- t
-		if quiet := time.Since(time.Unix(0, a.last.Load())); quiet < limit {
+		if quiet := time.Since(time.Unix(0, last.Load())); quiet < limit {
 			t.Reset(limit - quiet)
 			return
 		}
