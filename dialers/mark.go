@@ -81,11 +81,11 @@ func (n *Net) DialTCP(ctx context.Context, to netip.AddrPort) (flow.Conn, error)
 
 func (n *Net) dialTCP(ctx context.Context, to netip.AddrPort) (*TCPConn, error) {
 	d := net.Dialer{Control: n.control, KeepAliveConfig: n.keepAlive(), KeepAlive: n.cfg.KeepAlive}
-	c, err := d.DialContext(ctx, "tcp", to.String())
+	c, err := d.DialTCP(ctx, "tcp", netip.AddrPort{}, to) // not DialContext, which would parse and resolve
 	if err != nil {
 		return nil, err
 	}
-	return &TCPConn{TCPConn: c.(*net.TCPConn)}, nil // Go's dialer sets TCP_NODELAY
+	return &TCPConn{TCPConn: c}, nil // Go's dialer sets TCP_NODELAY
 }
 
 // ListenTCP listens on an address. Accepted connections inherit the mark and have keep-alive on.

@@ -48,6 +48,7 @@ type SOCKS5 struct {
 	upstream
 	names bool        // send the name when there is one
 	tls   *tls.Config // nil unless socks5s
+	ahead sendAhead   // whether the request may follow the greeting at once
 }
 
 func newSOCKS5(name string, s Spec, n *Net) *SOCKS5 {
@@ -56,6 +57,7 @@ func newSOCKS5(name string, s Spec, n *Net) *SOCKS5 {
 	}
 	d := &SOCKS5{names: s.Scheme != SchemeSOCKS5}
 	d.init(name, s, n)
+	d.ahead.now = n.cfg.Now
 	if s.Scheme == SchemeSOCKS5s {
 		d.tls = tlsConfig(&s)
 	}
@@ -98,27 +100,49 @@ func (s *SOCKS5) dial(ctx context.Context, dst flow.Addr) (flow.Conn, error) {
 	if v6 && !s.ipv6.allowed() {
 		return nil, s.wrap("connect "+dst.String(), fmt.Errorf("%w: the upstream has no IPv6", flow.ErrNetUnreachable))
 	}
-	tcp, err := s.connect(ctx)
-	if err != nil {
-		return nil, err
-	}
-	var c flow.Conn = tcp
-	err = handshake(ctx, tcp, func() (err error) {
-		if c, err = secure(ctx, tcp, s.tls); err == nil {
-			_, err = s.request(c, cmdConnect, addr)
-		}
-		return err
-	})
+	defer s.findAhead(ctx)()
+	tcp, c, err := s.open(ctx, addr)
 	if v6 {
 		s.learnIPv6(err)
 	}
 	if err != nil {
-		tcp.Abort()
-		return nil, s.ended(ctx, "connect "+dst.String(), err)
+		return nil, err
 	}
 	s.track(tcp)
 	tcp.bind = func(ctx context.Context) (flow.Binding, error) { return s.Bind(ctx, addr) }
 	return c, nil
+}
+
+// open connects to the server and asks it for addr, sending the request ahead if it is known to take that.
+func (s *SOCKS5) open(ctx context.Context, addr flow.Addr) (*TCPConn, flow.Conn, error) {
+	ahead := s.ahead.known()
+	tcp, c, err := s.tryOpen(ctx, addr, ahead || s.spec.Pipeline)
+	if err != nil && ahead {
+		if s.ahead.failed(err); errors.Is(err, errGreeting) && ctx.Err() == nil {
+			// The server has said no word of the request: it is not the one that was asked, or a restart has changed it.
+			return s.tryOpen(ctx, addr, s.spec.Pipeline)
+		}
+	}
+	return tcp, c, err
+}
+
+func (s *SOCKS5) tryOpen(ctx context.Context, addr flow.Addr, ahead bool) (*TCPConn, flow.Conn, error) {
+	tcp, err := s.connect(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	var c flow.Conn = tcp
+	err = handshake(ctx, tcp, func() (err error) {
+		if c, err = secure(ctx, tcp, s.tls); err == nil {
+			_, err = s.ask(c, cmdConnect, addr, ahead)
+		}
+		return err
+	})
+	if err != nil {
+		tcp.Abort()
+		return nil, nil, s.ended(ctx, "connect "+addr.String(), err)
+	}
+	return tcp, c, nil
 }
 
 // ended wraps an error of a handshake; a caller that gave up sees why it did, and blames nobody.
@@ -158,16 +182,21 @@ func (u *upstream) learnIPv6(err error) {
 // request goes through the greeting, the authentication and one request, and returns the address in the reply. Reads are of exact size:
 // what follows the reply stays in the socket.
 //
-// By default each step waits for the one before. RFC 1928 would allow to send them together, but servers that take one recv(2) for one
-// message (microsocks) lose the rest and hang, and there is no safe way to find that out; pipeline=1 asks for it.
+// Each step waits for the one before, unless pipeline=1 asks for all of them at once.
 func (s *SOCKS5) request(c io.ReadWriter, cmd byte, addr flow.Addr) (flow.Addr, error) {
+	return s.ask(c, cmd, addr, s.spec.Pipeline)
+}
+
+// ask is request; ahead sends all of it without waiting for an answer. RFC 1928 would allow that with every server, but those that take one
+// recv(2) for one message (microsocks) lose the rest and hang.
+func (s *SOCKS5) ask(c io.ReadWriter, cmd byte, addr flow.Addr, ahead bool) (flow.Addr, error) {
 	buf := make([]byte, 0, 3+1+maxSOCKSAddr)
 	req := appendSOCKSAddr(append(buf, socksVersion, cmd, 0), addr)
 	greeting := []byte{socksVersion, 1, methodNone}
 	if s.spec.HasUser {
 		greeting = []byte{socksVersion, 2, methodNone, methodPassword}
 	}
-	if s.spec.Pipeline {
+	if ahead {
 		if s.spec.HasUser { // only what cannot be answered with a choice can be sent ahead
 			greeting = append([]byte{socksVersion, 1, methodPassword}, s.credentials()...)
 		}
@@ -176,12 +205,12 @@ func (s *SOCKS5) request(c io.ReadWriter, cmd byte, addr flow.Addr) (flow.Addr, 
 	_, err := c.Write(greeting)
 	clear(greeting)
 	if err != nil {
-		return flow.Addr{}, s.broken("greeting", err)
+		return flow.Addr{}, s.ungreeted(err)
 	}
-	if err := s.authenticate(c); err != nil {
+	if err := s.authenticate(c, ahead); err != nil {
 		return flow.Addr{}, err
 	}
-	if !s.spec.Pipeline {
+	if !ahead {
 		if _, err := c.Write(req); err != nil {
 			return flow.Addr{}, s.broken("request", err)
 		}
@@ -199,6 +228,23 @@ func (s *SOCKS5) broken(step string, err error) error {
 	return fmt.Errorf("%s: %w: %w", step, flow.ErrUpstream, noEOF(err))
 }
 
+// errGreeting marks what went wrong before the server has said anything of the request.
+var errGreeting = errors.New("not greeted")
+
+// ungreeted is broken for the greeting.
+func (s *SOCKS5) ungreeted(err error) error {
+	return greetingError{s.broken("greeting", err)}
+}
+
+// greetingError is an errGreeting that reads as what it wraps.
+type greetingError struct{ error }
+
+// Is makes it errGreeting.
+func (greetingError) Is(target error) bool { return target == errGreeting }
+
+// Unwrap returns the cause.
+func (e greetingError) Unwrap() error { return e.error }
+
 func noEOF(err error) error {
 	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 		return errNoReply
@@ -207,37 +253,39 @@ func noEOF(err error) error {
 }
 
 // authenticate reads the choice of method and does what it asks for.
-func (s *SOCKS5) authenticate(c io.ReadWriter) error {
+func (s *SOCKS5) authenticate(c io.ReadWriter, ahead bool) error {
 	var choice [2]byte
 	if _, err := io.ReadFull(c, choice[:]); err != nil {
-		return s.broken("greeting", err)
+		return s.ungreeted(err)
 	}
 	if choice[0] != socksVersion {
-		return s.broken("greeting", fmt.Errorf("not a SOCKS5 server: first byte %#02x", choice[0]))
+		return s.ungreeted(fmt.Errorf("not a SOCKS5 server: first byte %#02x", choice[0]))
 	}
 	switch choice[1] {
 	case methodNone:
-		if s.spec.Pipeline && s.spec.HasUser {
-			return s.broken("greeting", errors.New("chose a method that was not offered"))
+		s.ahead.chose(methodNone)
+		if ahead && s.spec.HasUser {
+			return s.ungreeted(errors.New("chose a method that was not offered"))
 		}
 		return nil
 	case methodPassword:
+		s.ahead.chose(methodPassword)
 		if s.spec.HasUser {
-			return s.password(c)
+			return s.password(c, ahead)
 		}
-		return s.broken("greeting", errors.New("wants user and password"))
+		return s.ungreeted(errors.New("wants user and password"))
 	case methodRefused:
 		if s.spec.HasUser {
-			return s.broken("greeting", errors.New("accepts neither user and password nor none"))
+			return s.ungreeted(errors.New("accepts neither user and password nor none"))
 		}
-		return s.broken("greeting", errors.New("wants authentication"))
+		return s.ungreeted(errors.New("wants authentication"))
 	}
-	return s.broken("greeting", fmt.Errorf("chose a method that was not offered: %#02x", choice[1]))
+	return s.ungreeted(fmt.Errorf("chose a method that was not offered: %#02x", choice[1]))
 }
 
 // password is the sub-negotiation of RFC 1929.
-func (s *SOCKS5) password(c io.ReadWriter) error {
-	if !s.spec.Pipeline {
+func (s *SOCKS5) password(c io.ReadWriter, ahead bool) error {
+	if !ahead {
 		msg := s.credentials()
 		_, err := c.Write(msg)
 		clear(msg)
