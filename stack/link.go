@@ -19,7 +19,8 @@ import (
 //	TUN queue ───────▶ reader.Buffer ─▶ packet.parse ─┼─ toNetstack ────▶ NIC trusted ─▶ TCP processors
 //	           64 KiB                                 └─ toNetstackSlow ▶ NIC checked ─▶ TCP, fragments, ICMP, the rest
 //	TUN queue ◀─────── link.send ◀─┬── WritePackets, from whichever goroutine sends
-//	           writev              └── writeShakes: SYN-ACKs
+//	           writev              ├── writeShakes: SYN-ACKs
+//	                               └── heldAcks: ACKs that no reply has taken with it in time
 //
 // Up: a train of segments arrives as one packet of up to 64 KiB and goes to netstack as one, without being copied. Down: netstack makes
 // trains itself (HostGSOSupported) and the kernel splits them, or better, does not.
@@ -42,10 +43,13 @@ type link struct {
 	mtu    int
 	count  *counters
 	shakes chan handshake // SYN-ACKs for writeShakes
+	acks   heldAcks
 }
 
 func newLink(dev *tun.Device, count *counters) *link {
-	return &link{dev: dev, queues: dev.Queues(), mtu: dev.MTU(), count: count, shakes: make(chan handshake, shakesMax)}
+	l := &link{dev: dev, queues: dev.Queues(), mtu: dev.MTU(), count: count, shakes: make(chan handshake, shakesMax)}
+	l.acks.write = func(hash uint32, h *tun.Header, b []byte) { l.send(hash, h, b) }
+	return l
 }
 
 // shakesMax bounds the SYN-ACKs that wait to be written; the ones beyond are written at once.
@@ -173,8 +177,10 @@ func (n *nic) write(pkt *stack.PacketBuffer) {
 		pieces = append(pieces, b[skip:])
 		skip = 0
 	}
-	if pkt.Data().Size() == 0 && isSYNACK(pkt) && n.shake(pkt.Hash, &h, pieces) {
-		return
+	if pkt.TransportProtocolNumber == header.TCPProtocolNumber {
+		if n.acks.hold(pkt, &h, pieces) || pkt.Data().Size() == 0 && isSYNACK(pkt) && n.shake(pkt.Hash, &h, pieces) {
+			return
+		}
 	}
 	n.send(pkt.Hash, &h, pieces...)
 }

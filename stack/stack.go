@@ -198,6 +198,7 @@ func (s *Stack) Close() error {
 		s.ns.Close()
 		s.ns.Wait()
 	}
+	s.link.acks.close()
 	return nil
 }
 
