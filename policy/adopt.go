@@ -39,6 +39,7 @@ func (m *Manager) adoptLocked(old journal, spec Spec) error {
 		return fmt.Errorf("%w: a crashed mprox left its state under other kernel.* settings: run `mprox cleanup` first", ErrConflict)
 	}
 	m.journal.Sysctls, m.journal.Cgroups, m.journal.Moved = maps.Clone(old.Sysctls), old.Cgroups, old.Moved
+	m.journal.BPF = old.BPF
 	// Conntrack has been watching since: what it does not know now is no server's connection.
 	m.base.Sockets, m.journal.Sockets, m.observed = old.Sockets, old.Sockets, len(old.Contexts) > 0
 	m.journal.Contexts = old.Contexts

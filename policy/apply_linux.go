@@ -271,6 +271,9 @@ func (t *teardown) run(ctx context.Context) error {
 			t.did(t.host.DeleteRule(r), "rule %s", r)
 		}
 	}
+	if j.BPF != nil {
+		t.did(t.host.RemoveBPF(j.BPF.Dir), "bpf programs %s", j.BPF.Dir)
+	}
 	for _, c := range j.Contexts {
 		if c.Mode != ModeGlobal {
 			// The kernel would go on to send what they still hold, now past us.

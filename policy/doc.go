@@ -49,11 +49,21 @@
 // It switches forwarding on, and off again at the end if it was. IPv6 forwarding makes the kernel ignore router advertisements on links whose
 // accept_ra is 1 (2 keeps them): a default route learnt that way expires.
 //
-// Selectors (ContextSpec.Select, Exclude) mark by nftables alone: the source address is chosen by the first look-up, and without any default
-// route connecting fails before nftables sees a packet. A user is whoever made the socket. A cgroup that is made, or made again, while the
-// daemon runs is found by looking every half second; what it sends before that is not selected, and once the daemon is dead nobody looks.
-// Whoever is excluded from a global context is blocked with everybody else while the daemon is dead. All of the selected's DNS is redirected
-// to the context's listeners. A process selected by PID keeps the sockets it has: from them it goes on to send as before.
+// Selectors (ContextSpec.Select, Exclude) are decided by BPF programs on the root of all cgroups (bpf*_linux.go), for sockets of this network
+// namespace alone: when a socket is made and when it is connected, by whoever does it, so that the first look-up is right and no process has
+// to be moved. They are pinned, so they mark on when the daemon is dead. A socket that is older than the start, unconnected and not TCP loses its first
+// datagram (EPERM) when it gets its mark. An executable is the file (whatever it is called) or its directory and name when the process is
+// started: an upgrade, a hard link and a bind mount are selected, a copy elsewhere and the same path in another container's file system are not. A script is its
+// interpreter. Patterns with one * in the last element, and units with one *, are matched in the kernel; others are looked for every half
+// second. When a map is full, whoever might be selected is denied sockets. Whom only BPF can exclude from a global context is let out by a mark that
+// processes with CAP_NET_ADMIN or CAP_NET_RAW can set, too. With BPF the daemon must be in the first PID namespace.
+//
+// Where the kernel refuses them, nftables tells users, groups and cgroups apart (ContextSpec.Strict does both): the source address is
+// chosen by the first look-up, and without any default route connecting fails before nftables sees a packet. A user is whoever made the
+// socket. A cgroup that is made while the daemon runs is found by looking every half second; what it sends before that is not
+// selected, and once the daemon is dead nobody looks. Whoever is excluded from a global context is blocked with everybody else while the
+// daemon is dead. All of the selected's DNS is redirected to the context's listeners. A process selected by PID keeps the sockets it has:
+// from them it goes on to send as before.
 //
 // A lease whose connection ends while processes live on stays in the Spec with TUN "": its marks and guard block them until Wait returns.
 package policy

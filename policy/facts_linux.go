@@ -32,6 +32,8 @@ func (h *LinuxHost) Process(pid int) (ProcessFacts, error) {
 	}
 	for at := pid; at > 0 && len(p.Lineage) < maxLineage; {
 		p.Lineage = append(p.Lineage, at)
+		exe, _ := os.Readlink(fmt.Sprintf("/proc/%d/exe", at)) // "" when it may not be read
+		p.Exes = append(p.Exes, strings.TrimSuffix(exe, " (deleted)"))
 		parent, _, err := process.Stat(at)
 		if err != nil {
 			break

@@ -29,6 +29,7 @@ type fakeHost struct {
 	log     []string
 	fail    string // the first change whose log line contains this fails
 	changed func()
+	bpf     map[string]string
 }
 
 var errFake = errors.New("made to fail")
@@ -39,6 +40,7 @@ func newFakeHost() *fakeHost {
 		sysctl:  map[string]string{"net/ipv4/tcp_fwmark_accept": "0", "net/ipv4/conf/eth0/src_valid_mark": "0", "net/ipv4/conf/docker0/src_valid_mark": "0"},
 		cgroups: map[string][]int{"/": {1}, "/user.slice/session-1.scope": {os.Getpid(), 42}},
 		procs:   map[string][]Process{},
+		bpf:     map[string]string{},
 	}
 }
 
@@ -185,6 +187,32 @@ func (h *fakeHost) MarkCgroup(p string, v, _ uint32) error {
 	defer h.mu.Unlock()
 	return h.did("bpf %s %#x", path.Base(p), v)
 }
+
+func (h *fakeHost) BPFDir(instance string) (string, error) {
+	return "/sys/fs/bpf/mprox-1-1-" + instance, nil
+}
+
+func (h *fakeHost) ApplyBPF(dir string, sel *Selection, _ []string) (int, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.bpf[dir] == sel.String() {
+		return 0, nil
+	}
+	if err := h.did("bpf +%s", path.Base(dir)); err != nil {
+		return 0, err
+	}
+	h.bpf[dir] = sel.String()
+	return 0, nil
+}
+
+func (h *fakeHost) RemoveBPF(dir string) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	delete(h.bpf, dir)
+	return h.did("bpf -%s", path.Base(dir))
+}
+
+func (h *fakeHost) SelectState() (SelectState, error) { return SelectState{}, nil }
 
 func (h *fakeHost) WaitCgroupEmpty(context.Context, string) error { return nil }
 

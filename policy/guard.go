@@ -311,7 +311,7 @@ func (g *guard) redirect() (NFTable, bool) {
 			who = append(who, g.mark(false, ContextMark(g.spec.Mask, c.Slot)))
 		}
 		where := slices.Clone(who)
-		if c.Mode == ModeGlobal || g.snap.Features.BPFSockMark && len(c.Select) == 0 {
+		if c.Mode == ModeGlobal || g.snap.Features.BPFSockMark && len(c.Select) == 0 || g.snap.Features.BPF && !c.Strict {
 			where = append(where, loopback)
 		}
 		for _, v6 := range []bool{false, true} {

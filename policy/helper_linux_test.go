@@ -34,6 +34,13 @@ func (l *lab) spawn(cgroup int) *helper {
 	if err != nil {
 		l.t.Fatal(err)
 	}
+	return l.spawnExe(exe, cgroup)
+}
+
+// spawnExe starts a copy of this program as a helper.
+func (l *lab) spawnExe(exe string, cgroup int) *helper {
+	l.t.Helper()
+	var err error
 	h := &helper{t: l.t, cmd: exec.Command(exe)}
 	h.cmd.Env = append(os.Environ(), "POLICY_TEST_HELPER=1")
 	h.cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: cgroup}
@@ -82,10 +89,12 @@ func (h *helper) way(name, want, format string, args ...any) way {
 }
 
 // helperMain obeys `udp|tcp|ping ADDR PORT MARK DEVICE` (0 and - for none), `keep ADDR PORT` (a TCP connection that stays), `write` (into
-// it), `listen PORT`, `user UID GID` (for good), `orphan` (a child of its own session takes over).
+// it), `listen PORT`, `user UID GID` (for good), `orphan [EXE]` (a child of its own session takes over), `child [EXE]` (the same, in its own
+// session), `open` (a UDP socket that stays), `again ADDR PORT` (through it), `mark` (that a new socket gets).
 func helperMain() {
 	var kept net.Conn
 	var ls []net.Listener
+	var open int
 	for sc := bufio.NewScanner(os.Stdin); sc.Scan(); {
 		f := strings.Fields(sc.Text())
 		f = append(f, []string{"", "", "0", "0", "-"}[min(len(f), 5):]...)
@@ -112,6 +121,16 @@ func helperMain() {
 			err = errors.Join(syscall.Setgroups(nil), syscall.Setgid(gid), syscall.Setuid(uid))
 		case "keep":
 			kept, err = net.Dial("tcp", net.JoinHostPort(f[1], f[2]))
+		case "orphan", "child":
+			takeOver(f[0] == "orphan", f[1])
+		case "open":
+			open, err = unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+		case "again":
+			var port int
+			_, _ = fmt.Sscan(f[2], &port)
+			err = unix.Sendto(open, []byte("x"), 0, sockaddr(netip.MustParseAddr(f[1]), port))
+		case "mark":
+			err = errors.New(newMark())
 		case "write":
 			_, err = kept.Write([]byte("hello"))
 		case "listen":
@@ -126,6 +145,36 @@ func helperMain() {
 		fmt.Println("ok")
 	}
 	runtime.KeepAlive(ls)
+}
+
+// takeOver starts a process that goes on in this one's place, and ends.
+func takeOver(session bool, exe string) {
+	if exe == "" {
+		exe = "/proc/self/exe"
+	}
+	c := exec.Command(exe)
+	c.Stdin, c.Stdout, c.Stderr = os.Stdin, os.Stdout, os.Stderr
+	c.SysProcAttr = &syscall.SysProcAttr{Setsid: session}
+	if err := c.Start(); err != nil {
+		fmt.Println(err)
+		return
+	}
+	fmt.Println("ok")
+	os.Exit(0)
+}
+
+// newMark is the mark of a socket that nobody has touched.
+func newMark() string {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err.Error()
+	}
+	defer unix.Close(fd)
+	m, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK)
+	if err != nil {
+		return err.Error()
+	}
+	return fmt.Sprintf("%#x", uint32(m))
 }
 
 // listenFar accepts and keeps one connection, on the far side.

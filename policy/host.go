@@ -65,6 +65,16 @@ type Host interface {
 	MoveProcess(pid int, path string) error
 	// MarkCgroup makes every socket created in the cgroup, in this network namespace, carry value within mask. It lasts as long as the cgroup.
 	MarkCgroup(path string, value, mask uint32) error
+	// BPFDir is where the pins of an instance in this network namespace lie. It mounts bpffs if it is nowhere.
+	BPFDir(instance string) (string, error)
+	// ApplyBPF makes BPF programs, pinned in dir, decide as sel says, whatever was there before, and without a gap. old says what the bits of
+	// followed processes in a set of programs left by a crash stand for (Selection.keys). Called again with the same, it repairs: restored is how many attachments
+	// were lost. When it fails, nothing has changed.
+	ApplyBPF(dir string, sel *Selection, old []string) (restored int, err error)
+	// RemoveBPF detaches whatever is pinned in dir.
+	RemoveBPF(dir string) error
+	// SelectState reads what the programs report.
+	SelectState() (SelectState, error)
 	OpenCgroup(path string) (fd int, err error)
 	// WaitCgroupEmpty returns when no process is left in the cgroup and below, or with ctx's error.
 	WaitCgroupEmpty(ctx context.Context, path string) error
@@ -73,6 +83,13 @@ type Host interface {
 	// when events were lost.
 	Watch(ctx context.Context, changed func()) error
 	Close() error
+}
+
+// SelectState is what BPF programs report.
+type SelectState struct {
+	Attached []string // hooks
+	Full     bool     // a map was full: whoever could be selected, and is not known, is denied sockets
+	Denied   uint64   // how many
 }
 
 // Netns identifies a network namespace. Inodes are reused, cookies (0 on kernels before 5.14) are not until the machine restarts.
@@ -89,6 +106,7 @@ type Features struct {
 	NFTOwner    bool // tables that die with their maker (kernel ≥ 5.12)
 	NFTEgress   bool // netdev chains on the egress hook (kernel ≥ 5.16, CONFIG_NETFILTER_EGRESS)
 	BPFSockMark bool // cgroup/sock_create programs
+	BPF         bool // filled in by Manager: programs on the root of all cgroups decide who is selected
 }
 
 // Snapshot is the state of the world that a plan depends on, and what is there of ours.

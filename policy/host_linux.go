@@ -14,6 +14,7 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"sync"
 
 	"github.com/mdlayher/netlink"
 	vnl "github.com/vishvananda/netlink"
@@ -31,6 +32,9 @@ type LinuxHost struct {
 	rt   *vnl.Handle
 	nft  *nftConn
 	diag *process.Diag
+
+	bpfMu sync.Mutex // guards what follows
+	bpf   *bpfState  // nil = no programs of ours
 }
 
 var _ Host = (*LinuxHost)(nil)
@@ -101,6 +105,7 @@ func netnsCookie() uint64 {
 // Close closes the descriptors. Tables with the owner flag go with them.
 func (h *LinuxHost) Close() error {
 	var errs error
+	h.closeBPF()
 	if h.rt != nil {
 		h.rt.Close()
 	}

@@ -46,6 +46,7 @@ type lab struct {
 	tun     *os.File
 	tunSeen *seen
 	farSeen *seen
+	marking Marking
 }
 
 // seen collects packets, as `proto src > dst:port`.
@@ -171,7 +172,7 @@ func (l *lab) start() (before string) {
 	if l.host, err = NewLinuxHost(); err != nil {
 		l.t.Fatal(err)
 	}
-	l.m = NewManager(Config{Host: l.host, Log: zaptest.NewLogger(l.t), LockDir: l.dir})
+	l.m = NewManager(Config{Host: l.host, Log: zaptest.NewLogger(l.t), LockDir: l.dir, Marking: l.marking})
 	l.t.Cleanup(func() {
 		if l.m != nil {
 			if err := l.m.Close(context.Background(), StopOpen); err != nil {

@@ -21,6 +21,7 @@ type Config struct {
 	Host    Host
 	Log     *zap.Logger // nil = silent
 	LockDir string      // where the locks of this machine lie, the same for all instances; "" = /run/mprox
+	Marking Marking     // "" = auto
 }
 
 func (c Config) withDefaults() Config {
@@ -37,7 +38,10 @@ func (c Config) withDefaults() Config {
 type Stats struct {
 	GuardActive  bool
 	GuardDropped uint64            // packets
-	Restored     map[string]uint64 // by object: rule, route, nft, link, sysctl
+	Restored     map[string]uint64 // by object: rule, route, nft, link, sysctl, bpf
+	Marking      Marking           // how selected processes are told apart; "" = none are selected
+	MarkingWhy   string            // why it is not BPF
+	Select       SelectState
 }
 
 // Manager owns what one instance has changed in the kernel. Its methods are safe for concurrent use.
@@ -65,6 +69,8 @@ type Manager struct {
 	dropped   uint64                 // by guard tables that have been replaced since
 	found     map[string][]CgroupRef // what the selectors' cgroups were in the last plan
 	pids      map[int]*pidGroup      // selected processes; nil = was not there
+	selected  *Selection             // by BPF; nil = nobody
+	bpfErr    error                  // why the kernel refuses BPF
 	stopWatch context.CancelFunc
 	watching  sync.WaitGroup
 }
@@ -206,16 +212,19 @@ func (m *Manager) convergeLocked(ctx context.Context, spec Spec, repair bool) er
 		// Somebody else's rule in our block is no reason to leave ours broken.
 		snap.Rules = slices.DeleteFunc(snap.Rules, func(r Rule) bool { return r.Protocol != Protocol })
 	}
+	snap.Features.BPF = m.bpfInForceLocked(spec)
 	found, err := m.findCgroupsLocked(spec)
 	if err != nil {
 		return err
 	}
-	if snap.Cgroups, err = m.pidCgroupsLocked(ctx, spec, found); err != nil {
+	if snap.Cgroups = found; snap.Features.BPF {
+		// Processes are followed where they are.
+	} else if snap.Cgroups, err = m.pidCgroupsLocked(ctx, spec, found); err != nil {
 		return err
 	}
 	plan, err := NewPlan(spec, snap)
 	if err != nil {
-		return err
+		return errors.Join(err, m.bpfErr)
 	}
 	m.found = found
 	if err := m.recordLocked(spec, plan); err != nil {
@@ -232,6 +241,11 @@ func (m *Manager) convergeLocked(ctx context.Context, spec Spec, repair bool) er
 	m.endSocketsLocked(spec)
 	if err := a.run(ctx); err != nil {
 		return err
+	}
+	if refused, err := m.applyBPFLocked(plan, repair); err != nil {
+		return err
+	} else if refused {
+		return m.convergeLocked(ctx, m.spec, repair)
 	}
 	if err := m.movePIDsLocked(ctx, spec); err != nil {
 		return err
@@ -428,6 +442,7 @@ func (m *Manager) Stats() Stats {
 		s.GuardActive = true
 		s.GuardDropped += m.droppedLocked()
 	}
+	m.markingLocked(&s)
 	return s
 }
 

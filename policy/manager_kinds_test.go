@@ -99,6 +99,7 @@ func TestCleanupKinds(t *testing.T) {
 func TestSelectPID(t *testing.T) {
 	b := newBench(t)
 	was := b.host.world()
+	b.m.cfg.Marking = MarkingNFT
 	b.spec.Contexts = []ContextSpec{{Name: "work", Mode: ModeProcess, TUN: "mprox0", Select: []Selector{{PIDs: []int{42, 4242}}}}}
 	if err := b.m.Prepare(t.Context(), b.spec); err != nil {
 		t.Fatal(err)

@@ -15,6 +15,7 @@ const (
 	prioInbound  = prioBypass + 1
 	prioDHCP     = prioBypass + 2
 	prioServers  = prioBypass + 3
+	prioExcluded = prioBypass + 4
 	prioDNS      = prioBypass + 10
 	prioDirect   = prioBypass + 12
 	prioCapture  = prioBypass + 13
@@ -44,6 +45,7 @@ type Plan struct {
 	Tables  []NFTable
 	Links   []LinkSpec
 	Sysctls []Sysctl
+	Select  *Selection // nil = no BPF
 }
 
 // Sysctl is one setting. Own: of a device of ours, gone with it, so nothing has to be restored.
@@ -86,6 +88,7 @@ func NewPlan(spec Spec, snap Snapshot) (*Plan, error) {
 	slices.SortFunc(p.Rules, compareRules)
 	p.Sysctls = sysctls(spec, snap)
 	p.Tables = nftTables(spec, snap, direct)
+	p.Select = newSelection(spec, snap)
 	return p, nil
 }
 
@@ -103,6 +106,9 @@ func contextRules(s Spec, c ContextSpec, snap Snapshot) []Rule {
 		base, dns, direct, capture := Rule{Local: c.Mode != ModeGateway}, prioDNS, prioDirect, prioCapture
 		if c.Mode == ModeGlobal {
 			add(prioBypass, Rule{Mark: BypassMark(s.Mask), Mask: s.Mask, Goto: prioEnd})
+			if snap.Features.BPF && len(c.Exclude) > 0 {
+				add(prioExcluded, Rule{Mark: ExcludedMark(s.Mask), Mask: s.Mask, Goto: prioEnd})
+			}
 			add(prioInbound, Rule{Mark: InboundMark(s.Mask), Mask: s.Mask, Goto: prioEnd})
 			if !v6 {
 				// Renewal is unicast; everything else of DHCP is on a raw socket or, in IPv6, multicast on the link.
@@ -229,6 +235,9 @@ func (p *Plan) String() string {
 	section("ip -6 route", routes6)
 	section("link", links)
 	section("sysctl", sys)
+	if p.Select != nil {
+		b.WriteString("# bpf\n" + p.Select.String())
+	}
 	for _, t := range p.Tables {
 		b.WriteString(t.String())
 	}

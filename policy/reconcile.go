@@ -75,6 +75,7 @@ func (m *Manager) reconcile(ctx context.Context, events <-chan struct{}) {
 		case <-events:
 			wait(ctx, settle)
 		case <-find.C:
+			m.syncBPF()
 			if !m.cgroupsMoved() {
 				continue
 			}

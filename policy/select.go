@@ -26,6 +26,10 @@ type Selector struct {
 	// PIDs are processes with all their descendants, those included that are started later: they are moved into a cgroup of ours, below the
 	// one they are in, and back at the end. Sockets that they have already stay as they are.
 	PIDs []int
+	// Exes are paths of executables, with wildcards: by file, and by directory and name, as they are when a program is started. Only BPF can tell.
+	Exes []string
+	// Scope says who belongs to PIDs and Exes. With nftables alone it is always the tree.
+	Scope Scope
 	// Interfaces and Sources select hosts, in ModeGateway only: by the device that their packets arrive on and by where they come from.
 	Interfaces []string
 	Sources    []netip.Prefix
@@ -36,7 +40,7 @@ type Selector struct {
 const maxSelectRules = 4096
 
 func (s Selector) validate() error {
-	if len(s.UIDs)+len(s.GIDs)+len(s.Cgroups)+len(s.Units)+len(s.PIDs)+len(s.Interfaces)+len(s.Sources) == 0 {
+	if len(s.UIDs)+len(s.GIDs)+len(s.Cgroups)+len(s.Units)+len(s.PIDs)+len(s.Exes)+len(s.Interfaces)+len(s.Sources) == 0 {
 		return errors.New("a selector without any condition")
 	}
 	for _, c := range s.Cgroups {
@@ -53,6 +57,22 @@ func (s Selector) validate() error {
 		if err := CheckUnit(u); err != nil {
 			return err
 		}
+	}
+	for _, e := range s.Exes {
+		if err := CheckExe(e); err != nil {
+			return err
+		}
+	}
+	if len(s.Exes) > 0 && s.Scope > ScopeCurrent {
+		return fmt.Errorf("scope %s goes with pid, not with exe", s.Scope)
+	}
+	return nil
+}
+
+// CheckExe reports what is wrong with the path of an executable, or the pattern of one.
+func CheckExe(p string) error {
+	if _, err := path.Match(p, ""); err != nil || !path.IsAbs(p) || path.Clean(p) != p || p == "/" {
+		return fmt.Errorf("%q is not the absolute path of an executable, nor a pattern of one", p)
 	}
 	return nil
 }
@@ -81,6 +101,9 @@ func (s Selector) names() []string { return slices.Concat(s.Cgroups, s.Units) }
 // rules are the combinations of which one must match. found is what the names of cgroups and units stand for at the moment; a selector whose
 // cgroups are not there matches nobody.
 func (s Selector) rules(found map[string][]CgroupRef) [][]nfStmt {
+	if s.kernelOnly() {
+		return nil
+	}
 	out := [][]nfStmt{nil}
 	out = product(out, len(s.Cgroups) > 0, cgroupStmts(s.Cgroups, found))
 	out = product(out, len(s.Units) > 0, cgroupStmts(s.Units, found))
@@ -152,9 +175,19 @@ func (s Spec) cgroupNames() []string {
 
 // checkSelect refuses more combinations than are sensible.
 func checkSelect(s Spec, snap Snapshot) error {
-	n := 0
+	n, bits := 0, 0
 	for _, c := range s.Contexts {
 		for _, sel := range slices.Concat(c.Select, c.Exclude) {
+			if bits++; bits > maxSelectors-MaxContexts-1 {
+				return fmt.Errorf("%w: more than %d selectors", ErrConflict, maxSelectors-MaxContexts-1)
+			}
+			if sel.kernelOnly() && !snap.Features.BPF {
+				return fmt.Errorf("%w: context %q: to select by exe, or by pid with scope %s: BPF programs on the root of cgroup v2, with kernel types (CONFIG_BPF_SYSCALL, "+
+					"CONFIG_CGROUP_BPF, CONFIG_DEBUG_INFO_BTF)", ErrFeature, c.Name, sel.Scope)
+			}
+			if snap.Features.BPF && !c.Strict && c.Mode != ModeGateway {
+				continue
+			}
 			if n += max(len(sel.rules(snap.Cgroups)), len(sel.hostRules())); n > maxSelectRules {
 				return fmt.Errorf("%w: the selectors up to context %q expand to more than %d combinations of cgroups, units, users and groups: "+
 					"name a slice above them", ErrConflict, c.Name, maxSelectRules)
@@ -172,6 +205,13 @@ func (g *guard) selection(out *nfChain) {
 			continue
 		}
 		ctx := ContextMark(g.spec.Mask, c.Slot)
+		if g.snap.Features.BPF {
+			// BPF has marked the socket, and so the first look-up was right already.
+			out.rules = append(out.rules, rule(g.mark(false, ctx), g.set(true, ctx), accept()))
+			if !c.Strict || slices.ContainsFunc(c.Exclude, func(s Selector) bool { return s.kernelOnly() || len(s.PIDs) > 0 }) {
+				continue
+			}
+		}
 		chain := nfChain{name: setName("select", c)}
 		for _, sel := range c.Exclude {
 			for _, m := range sel.rules(g.snap.Cgroups) {
@@ -195,6 +235,10 @@ func (g *guard) exclusion(out *nfChain) {
 		if c.Mode != ModeGlobal {
 			continue
 		}
+		if g.snap.Features.BPF && slices.ContainsFunc(c.Exclude, func(s Selector) bool { return s.kernelOnly() || len(s.PIDs) > 0 }) {
+			// Whom only BPF can tell. Whoever has CAP_NET_ADMIN or CAP_NET_RAW could set that mark, too.
+			out.rules = append(out.rules, rule(g.mark(false, ExcludedMark(g.spec.Mask)), g.set(true, bypass), g.set(false, bypass), accept()))
+		}
 		for _, sel := range c.Exclude {
 			for _, m := range sel.rules(g.snap.Cgroups) {
 				out.rules = append(out.rules, append(m, g.set(true, bypass), g.set(false, bypass), accept()))
@@ -209,7 +253,7 @@ func (m *Manager) findCgroupsLocked(spec Spec) (map[string][]CgroupRef, error) {
 	if len(names) == 0 {
 		return nil, nil
 	}
-	if f := m.base.Features; !f.Cgroup2 || !f.NFTSocket {
+	if f := m.base.Features; !f.Cgroup2 || !f.NFTSocket && !m.bpfInForceLocked(spec) {
 		return nil, fmt.Errorf("%w: to select by cgroup or unit: a writable cgroup v2 and nftables `socket cgroupv2` (CONFIG_NFT_SOCKET, kernel 5.13)", ErrFeature)
 	}
 	return m.host.FindCgroups(names)

@@ -49,6 +49,18 @@ func (l *lab) cgroup(p string) int {
 	return fd
 }
 
+// eachMarking runs a test with BPF, and with nftables alone.
+func eachMarking(t *testing.T, f func(*testing.T, *lab)) {
+	t.Helper()
+	for _, m := range []Marking{MarkingBPF, MarkingNFT} {
+		t.Run(string(m), func(t *testing.T) {
+			l := newLab(t)
+			l.marking = m
+			f(t, l)
+		})
+	}
+}
+
 // as is a helper that has become somebody else.
 func (l *lab) as(cgroup, uid, gid int) *helper {
 	l.t.Helper()
@@ -101,7 +113,11 @@ func (l *lab) mustBeBlocked(h *helper) {
 
 // TestSelectUser: by user, by group, by both; nobody else; and nothing gets out once the daemon is dead.
 func TestSelectUser(t *testing.T) {
-	l := newLab(t)
+	eachMarking(t, selectUser)
+}
+
+func selectUser(t *testing.T, l *lab) {
+	t.Helper()
 	before, _ := l.selected(func(c *ContextSpec) {
 		c.Select = []Selector{{UIDs: []uint32{4001, 4002}}, {GIDs: []uint32{5001}}, {UIDs: []uint32{4003}, GIDs: []uint32{5003}}}
 		c.Exclude = []Selector{{UIDs: []uint32{4002}, GIDs: []uint32{5009}}}
@@ -153,6 +169,10 @@ func TestSelectRoot(t *testing.T) {
 	})
 	out := l.outside()
 	captured, escapes, direct := helperWays(l.spawn(out))
+	// A socket that its process has marked is marked again, at the price of its first datagram.
+	marked := func(w way) bool { return w.name == "mark 0x123" || w.name == "inbound 6" }
+	l.noLeaks(slices.DeleteFunc(slices.Clone(captured), func(w way) bool { return !marked(w) }))
+	captured = slices.DeleteFunc(captured, marked)
 	l.mustCapture(captured)
 	l.noLeaks(escapes)
 	l.mustPass(direct)
@@ -194,7 +214,11 @@ func TestSelectCgroup(t *testing.T) {
 
 // TestSelectCgroupAgain: a cgroup that was removed and made again has another id, which is found within a second.
 func TestSelectCgroupAgain(t *testing.T) {
-	l := newLab(t)
+	eachMarking(t, selectCgroupAgain)
+}
+
+func selectCgroupAgain(t *testing.T, l *lab) {
+	t.Helper()
 	p := fmt.Sprintf("/mproxtest%d-again", os.Getpid())
 	l.selected(func(c *ContextSpec) { c.Select = []Selector{{Cgroups: []string{p}}} })
 	for range 2 {
@@ -233,7 +257,11 @@ func (l *lab) awaitSelected(p string) {
 
 // TestExcludeSelected: a global context leaves out users and cgroups, all others are captured.
 func TestExcludeSelected(t *testing.T) {
-	l := newLab(t)
+	eachMarking(t, excludeSelected)
+}
+
+func excludeSelected(t *testing.T, l *lab) {
+	t.Helper()
 	p := fmt.Sprintf("/mproxtest%d-exclude", os.Getpid())
 	before, _ := l.up(func(c *ContextSpec) {
 		c.Exclude = []Selector{{UIDs: []uint32{4001}}, {Cgroups: []string{p}}, {UIDs: []uint32{4002}, GIDs: []uint32{5002}}}
@@ -262,7 +290,11 @@ func TestExcludeSelected(t *testing.T) {
 
 // TestSelectProcess: a process that runs already, with all it starts, and nobody beside it; blocked when the daemon is dead, and put back.
 func TestSelectProcess(t *testing.T) {
-	l := newLab(t)
+	eachMarking(t, selectProcess)
+}
+
+func selectProcess(t *testing.T, l *lab) {
+	t.Helper()
 	before := l.start()
 	p := fmt.Sprintf("/mproxtest%d-home", os.Getpid())
 	fd := l.cgroup(p)

@@ -97,7 +97,10 @@ func (m *Manager) pidCgroupLocked(ctx context.Context, pid int) (*pidGroup, erro
 
 // movePIDsLocked moves selected processes, with their descendants, into their cgroups, and those back that are selected no more.
 func (m *Manager) movePIDsLocked(ctx context.Context, spec Spec) error {
-	wanted := spec.pids()
+	var wanted []int
+	if m.selected == nil {
+		wanted = spec.pids()
+	}
 	for pid, g := range m.pids {
 		switch {
 		case !slices.Contains(wanted, pid):

@@ -24,9 +24,10 @@ const MaxContexts = 160
 
 // The values inside the mask. 0x4c and 0x4f stay unused, so that `fwmark 0x4c/0xfc` covers both privileged marks.
 const (
-	markBypass  = 0x4d
-	markInbound = 0x4e
-	markFirst   = 0x50
+	markExcluded = 0x4c // of sockets, by BPF; packets get the bypass mark
+	markBypass   = 0x4d
+	markInbound  = 0x4e
+	markFirst    = 0x50
 )
 
 // Mode says how a context chooses its traffic.
@@ -101,6 +102,8 @@ type Spec struct {
 	TableBase    int    // first of the 320 routing tables that are ours; 0 = DefaultTableBase
 	RulePriority int    // first of the 1000 ip rule priorities that are ours; 0 = DefaultRulePriority
 	Contexts     []ContextSpec
+	Owners       bool // who makes sockets is written down, for Manager.Owner
+	TaskLimit    int  // how many selected processes BPF follows; who is more is blocked; 0 = 32768
 }
 
 // ContextSpec is one context.
@@ -127,6 +130,7 @@ type ContextSpec struct {
 	Exclude []Selector  // in these modes not selected, in ModeGlobal not captured, by this context
 	OnStop  OnEnd
 	OnCrash OnEnd
+	Strict  bool // BPF and nftables both mark: a process that changes its socket's mark is captured all the same
 }
 
 // CgroupRef is one cgroup v2 as nftables names it.

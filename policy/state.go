@@ -42,6 +42,7 @@ type journal struct {
 	Moved        []movedProcess    `json:"moved,omitempty"`
 	Sockets      Sockets           `json:"sockets"`
 	Reopen       *Spec             `json:"reopen,omitempty"` // what stays closed after a crash, unless that is everything
+	BPF          *journalBPF       `json:"bpf,omitempty"`
 }
 
 // journalContext is one slot in use.
@@ -137,6 +138,9 @@ func (j *journal) check() error {
 		if !ownCgroup(c) {
 			return fmt.Errorf("cgroup %q is not ours", c)
 		}
+	}
+	if j.BPF != nil && !ownPins(j.BPF.Dir) {
+		return fmt.Errorf("bpf pins %q are not ours", j.BPF.Dir)
 	}
 	for _, m := range j.Moved {
 		if m.PID <= 0 || !ownCgroup(m.To) || path.Clean(m.From) != m.From || !strings.HasPrefix(m.From, "/") {

@@ -20,6 +20,7 @@ type ProcessFacts struct {
 	Lineage  []int  // the process itself, its parent, and so on
 	Group    int
 	Session  int
+	Exes     []string // as Exe, of Lineage; "" where it may not be read
 }
 
 // Verdict is what one context says about a process.
@@ -111,6 +112,20 @@ func whose(s Spec, p ProcessFacts, found map[string][]CgroupRef, excluded []Cgro
 	return out
 }
 
+// runs reports whether a process, or for the scope tree one of its parents, runs a selected executable.
+func (s Selector) runs(p ProcessFacts) bool {
+	exes := []string{p.Exe}
+	if s.Scope == ScopeTree {
+		exes = append(exes, p.Exes...)
+	}
+	return slices.ContainsFunc(exes, func(exe string) bool {
+		return exe != "" && slices.ContainsFunc(s.Exes, func(pattern string) bool {
+			ok, err := path.Match(pattern, exe)
+			return ok && err == nil
+		})
+	})
+}
+
 // below reports whether a cgroup is another, or in it.
 func below(p, root string) bool {
 	return p != "" && (p == root || root == "/" || strings.HasPrefix(p, root+"/"))
@@ -157,6 +172,14 @@ func (s Selector) matches(p ProcessFacts, found map[string][]CgroupRef) (bool, s
 		return "", false
 	}
 	pid := slices.IndexFunc(s.PIDs, func(want int) bool {
+		switch s.Scope {
+		case ScopeCurrent:
+			return want == p.PID
+		case ScopeSession:
+			return want == p.Session
+		case ScopeGroup:
+			return want == p.Group
+		}
 		return slices.Contains(p.Lineage, want) || p.Cgroup != "" && strings.HasSuffix(path.Base(p.Cgroup), fmt.Sprintf("-select-%d", want))
 	})
 	cg, inCgroup := in(s.Cgroups)
@@ -164,6 +187,7 @@ func (s Selector) matches(p ProcessFacts, found map[string][]CgroupRef) (bool, s
 	ok := check(len(s.UIDs) > 0, slices.Contains(s.UIDs, p.UID), fmt.Sprintf("uid %d", p.UID), fmt.Sprintf("uid %d is not selected", p.UID)) &&
 		check(len(s.GIDs) > 0, slices.Contains(s.GIDs, p.GID), fmt.Sprintf("gid %d", p.GID), fmt.Sprintf("gid %d is not selected", p.GID)) &&
 		check(len(s.PIDs) > 0, pid >= 0, fmt.Sprintf("pid %v or a descendant", s.PIDs), fmt.Sprintf("not pid %v nor a descendant", s.PIDs)) &&
+		check(len(s.Exes) > 0, s.runs(p), fmt.Sprintf("exe %s", p.Exe), fmt.Sprintf("exe %s is none of %s, nor is that of a parent", p.Exe, strings.Join(s.Exes, ", "))) &&
 		check(len(s.Cgroups) > 0, inCgroup, "cgroup "+cg, fmt.Sprintf("cgroup %s is not below %s", p.Cgroup, strings.Join(s.Cgroups, ", "))) &&
 		check(len(s.Units) > 0, inUnit, "unit "+unit, fmt.Sprintf("not in unit %s", strings.Join(s.Units, ", ")))
 	if len(by) == 0 {

@@ -58,6 +58,16 @@ func writeStatus(w io.Writer, st *client.Status) error {
 		guard = "active"
 	}
 	fmt.Fprintf(w, "guard   %s, %d packets kept in\n", guard, st.Guard.DroppedPackets)
+	if g := st.Guard; g.Marking != "" {
+		line := g.Marking
+		if g.MarkingReason != "" {
+			line += ": " + g.MarkingReason
+		}
+		if g.SelectionFull {
+			line += fmt.Sprintf("; FULL: %d sockets denied to processes that could not be followed", g.SelectionDenied)
+		}
+		fmt.Fprintf(w, "select  %s\n", line)
+	}
 	fmt.Fprintf(w, "dns     %d queries, %d from cache, %d blocked, %d failed\n", st.DNS.Queries, st.DNS.CacheHits, st.DNS.Blocked, st.DNS.Failures)
 	if len(st.Contexts) > 0 {
 		fmt.Fprintln(w)

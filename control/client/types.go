@@ -82,6 +82,13 @@ type TestStep struct {
 type GuardStatus struct {
 	Active         bool   `json:"active"`
 	DroppedPackets uint64 `json:"dropped_packets"`
+	// Marking is how selected processes are told apart: bpf or nft; "" while none are selected. MarkingReason says why it is not bpf.
+	Marking       string `json:"marking"`
+	MarkingReason string `json:"marking_reason,omitempty"`
+	// SelectionFull: more processes or cgroups are selected than BPF can follow. Who may be selected and is not known is denied sockets:
+	// SelectionDenied so often.
+	SelectionFull   bool   `json:"selection_full,omitempty"`
+	SelectionDenied uint64 `json:"selection_denied,omitempty"`
 }
 
 // DNSStatus counts the queries of all contexts.

@@ -170,14 +170,14 @@ func parseMountinfo(s string) (mount, root string, ok bool) {
 			continue
 		}
 		if f := strings.Fields(head); len(f) >= 6 {
-			return unescape(f[4]), unescape(f[3]), true
+			return Unescape(f[4]), Unescape(f[3]), true
 		}
 	}
 	return "", "", false
 }
 
-// unescape undoes the octal escapes of mountinfo: space, tab, newline, backslash.
-func unescape(s string) string {
+// Unescape undoes the octal escapes of mountinfo: space, tab, newline, backslash.
+func Unescape(s string) string {
 	var b strings.Builder
 	for i := 0; i < len(s); i++ {
 		if s[i] == '\\' && i+3 < len(s) {

@@ -62,7 +62,6 @@ func supported(cfg *config.Config, name string) error {
 	}
 	_, err := buildSelection(cfg, name)
 	errs = append(errs, err)
-	refuse(c.Strict, "strict")
 	refuse(c.Limits.NewFlowsPerSecond > 0, "limits.new_flows_per_second")
 	refuse(c.Limits.Bandwidth > 0, "limits.bandwidth")
 	return errors.Join(errs...)

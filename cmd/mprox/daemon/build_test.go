@@ -80,9 +80,6 @@ func TestCheckSaysWhere(t *testing.T) {
 
 func TestCheckRefusesKeysWithoutCode(t *testing.T) {
 	for _, tt := range []struct{ name, context, path string }{
-		{"exe", `"mode": "process", "select": [ { "uid": 1000 }, { "exe": "/usr/bin/ssh", "uid": 0 } ]`, "$.contexts.default.select[1].exe"},
-		{"scope", `"mode": "process", "select": { "pid": 4242, "scope": "current" }`, "$.contexts.default.select[0].scope"},
-		{"exclude", `"exclude": { "exe": "/usr/sbin/sshd" }`, "$.contexts.default.exclude[0].exe"},
 		{"bandwidth", `"limits": { "bandwidth": "1mbit" }`, "$.contexts.default.limits.bandwidth"},
 		{"rule", `"rules": { "geoip": "de", "upstream": "direct" }`, "$.contexts.default.rules[0].geoip"},
 	} {

@@ -205,6 +205,7 @@ func (c *liveContext) spec() policy.ContextSpec {
 		Direct: bypassPrefixes(c.cfg.Bypass), Fake: fakePrefixes(c.cfg.DNS.Fake),
 		DNSPort4: c.ports[0], DNSPort6: c.ports[1], DNSOff: c.cfg.DNS.Mode == "off",
 		Cgroups: slices.Clone(c.cgroups), Select: c.who.chosen, Exclude: c.who.excluded, OnStop: onStop(c.cfg.OnStop), OnCrash: onEnd(c.cfg.OnCrash),
+		Strict: c.cfg.Strict,
 	}
 	if c.device != nil && !c.gone {
 		s.TUN = c.device.Name()

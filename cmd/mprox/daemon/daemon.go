@@ -127,7 +127,7 @@ func (d *Daemon) start(ctx context.Context) error {
 	if d.host, err = policy.NewLinuxHost(); err != nil {
 		return err
 	}
-	d.manager = policy.NewManager(policy.Config{Host: d.host, Log: d.log})
+	d.manager = policy.NewManager(policy.Config{Host: d.host, Log: d.log, Marking: policy.Marking(d.cfg.Kernel.Marking)})
 	snap, err := d.manager.Snapshot(ctx)
 	if err != nil {
 		return err

@@ -10,7 +10,6 @@ import (
 	"strconv"
 
 	"github.com/mutex-proxy/mutex/config"
-	"github.com/mutex-proxy/mutex/flow"
 	"github.com/mutex-proxy/mutex/policy"
 	"github.com/mutex-proxy/mutex/routing"
 )
@@ -50,18 +49,18 @@ func buildSelector(path string, s config.Selector) (policy.Selector, error) {
 	refuse := func(key string, err error) {
 		errs = append(errs, &routing.PathError{Path: path + "." + key, Err: err})
 	}
-	for _, k := range []struct {
-		key   string
-		given bool
-	}{{"scope", len(s.PID) > 0 && s.Scope != "tree"}, {"exe", len(s.Exe) > 0}} {
-		if k.given {
-			refuse(k.key, flow.ErrNotSupported)
-		}
-	}
-	out := policy.Selector{UIDs: slices.Clone(s.UID), GIDs: slices.Clone(s.GID), Cgroups: slices.Clone(s.Cgroup), Units: slices.Clone(s.Unit), PIDs: slices.Clone(s.PID)}
+	out := policy.Selector{Exes: slices.Clone(s.Exe), Scope: policyScope(s.Scope), UIDs: slices.Clone(s.UID), GIDs: slices.Clone(s.GID), Cgroups: slices.Clone(s.Cgroup), Units: slices.Clone(s.Unit), PIDs: slices.Clone(s.PID)}
 	out.Interfaces, out.Sources = slices.Clone(s.Interface), slices.Clone(s.SourceCIDR)
 	if slices.Contains(s.PID, 1) {
 		refuse("pid", errors.New("all processes descend from process 1: that is mode global"))
+	}
+	for i, e := range s.Exe {
+		if err := policy.CheckExe(e); err != nil {
+			refuse(fmt.Sprintf("exe[%d]", i), err)
+		}
+	}
+	if len(s.Exe) > 0 && out.Scope > policy.ScopeCurrent {
+		refuse("scope", errors.New("session and group go with pid, not with exe"))
 	}
 	for i, u := range s.Unit {
 		if err := policy.CheckUnit(u); err != nil {
@@ -87,6 +86,18 @@ func buildSelector(path string, s config.Selector) (policy.Selector, error) {
 		out.UIDs = users
 	}
 	return out, errors.Join(errs...)
+}
+
+func policyScope(s string) policy.Scope {
+	switch s {
+	case "current":
+		return policy.ScopeCurrent
+	case "session":
+		return policy.ScopeSession
+	case "group":
+		return policy.ScopeGroup
+	}
+	return policy.ScopeTree
 }
 
 // lookupUser reads /etc/passwd: the binary is static, so the directories behind NSS (LDAP) are not asked.

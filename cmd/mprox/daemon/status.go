@@ -42,7 +42,10 @@ func (b backend) Status(context.Context) control.Status {
 	s.Contexts = append(s.Contexts, b.switchedOff()...)
 	slices.SortFunc(s.Contexts, func(x, y control.ContextStatus) int { return cmp.Compare(x.Name, y.Name) })
 	k := b.manager.Stats()
-	s.Guard = control.GuardStatus{Active: k.GuardActive, DroppedPackets: k.GuardDropped}
+	s.Guard = control.GuardStatus{
+		Active: k.GuardActive, DroppedPackets: k.GuardDropped, Marking: string(k.Marking), MarkingReason: k.MarkingWhy,
+		SelectionFull: k.Select.Full, SelectionDenied: k.Select.Denied,
+	}
 	return s
 }
 
