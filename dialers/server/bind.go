@@ -68,6 +68,7 @@ func (c *session) bind(peer flow.Addr, say bindReplies) error {
 		c.refuse(say.refused(errTooManyBinds))
 		return errTooManyBinds
 	}
+	c.granted.Store(true)
 	peers, l, err := c.listen(peer)
 	if err != nil {
 		c.refuse(say.refused(err))

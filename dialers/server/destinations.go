@@ -23,7 +23,8 @@ type destination struct {
 //
 // By default all is allowed but what only this machine and its links can reach: loopback, link-local (the metadata services of clouds are
 // there), and the unspecified addresses, which Linux connects to loopback. Otherwise whoever may use the server could reach services that
-// trust the machine itself. Its other addresses, and private networks, are not denied.
+// trust the machine itself. Its other addresses, and private networks, are not denied. An IPv6 address that stands for an IPv4 address on the
+// other side of a translator or tunnel must be allowed as both.
 func Destinations(allow, deny []string) (func(netip.AddrPort) bool, error) {
 	list := []destination{{prefix: netip.PrefixFrom(netip.IPv4Unspecified(), 0), allow: true}, {prefix: netip.PrefixFrom(netip.IPv6Unspecified(), 0), allow: true}}
 	for _, word := range []string{"loopback", "link-local"} {
@@ -50,14 +51,37 @@ func Destinations(allow, deny []string) (func(netip.AddrPort) bool, error) {
 	}
 	return func(ap netip.AddrPort) bool {
 		ip := ap.Addr().Unmap().WithZone("")
-		var best *destination
-		for i := range list {
-			if d := &list[i]; d.prefix.Contains(ip) && (best == nil || d.before(best)) {
-				best = d
-			}
-		}
-		return best != nil && best.allow
+		v4, stands := embedded(ip)
+		return decide(list, ip) && (!stands || decide(list, v4))
 	}, nil
+}
+
+// decide looks an address up.
+func decide(list []destination, ip netip.Addr) bool {
+	var best *destination
+	for i := range list {
+		if d := &list[i]; d.prefix.Contains(ip) && (best == nil || d.before(best)) {
+			best = d
+		}
+	}
+	return best != nil && best.allow
+}
+
+// embedded returns the IPv4 address that an IPv6 address stands for: NAT64 (RFC 6052, and RFC 8215 with a prefix of 96 bits), 6to4
+// (RFC 3056), IPv4-compatible (RFC 4291 section 2.5.5.1) and IPv4-translated (RFC 2765).
+func embedded(ip netip.Addr) (netip.Addr, bool) {
+	if !ip.Is6() {
+		return netip.Addr{}, false
+	}
+	b := ip.As16()
+	switch {
+	case b[0] == 0x20 && b[1] == 0x02:
+		return netip.AddrFrom4([4]byte(b[2:6])), true
+	case b[0] == 0 && b[1] == 0x64 && b[2] == 0xff && b[3] == 0x9b, // 64:ff9b::/96 and 64:ff9b:1::/48
+		[12]byte(b[:12]) == [12]byte{}, [12]byte(b[:12]) == [12]byte{8: 0xff, 9: 0xff}:
+		return netip.AddrFrom4([4]byte(b[12:])), true
+	}
+	return netip.Addr{}, false
 }
 
 // before reports whether d decides and not b, where both hold an address.

@@ -13,6 +13,7 @@ import (
 	"net"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -35,6 +36,8 @@ const (
 	readBuffer = 8 << 10
 	// acceptPause is how long to wait when descriptors have run out: until one is closed, accepting can only fail.
 	acceptPause = 50 * time.Millisecond
+	// overflowPause is the least time between two lines of the log that say that there are too many connections.
+	overflowPause = 10 * time.Second
 	// lingerTime and lingerBytes bound what is read of a client that was refused, so that the refusal is not lost in a RST.
 	lingerTime  = time.Second
 	lingerBytes = 64 << 10
@@ -53,7 +56,9 @@ type Config struct {
 	// Allow is asked for each address before it is dialled or sent to, after names are resolved; nil allows all. Not with a Dialer.
 	Allow func(netip.AddrPort) bool
 
-	MaxConns         int           // open connections; 4096. More are closed at once.
+	// MaxConns bounds the open connections; 4096. When there are more, the one that has been longest in its handshake makes room; without
+	// any in a handshake the new one is closed at once.
+	MaxConns         int
 	MaxUDP           int           // open associations; 512. More are refused.
 	MaxBinds         int           // connections waited for (BIND); 256. More are refused.
 	HandshakeTimeout time.Duration // from accept to the whole request; 10 s
@@ -81,6 +86,9 @@ type Server struct {
 	closed    bool
 	listeners map[net.Listener]struct{}
 	conns     map[*session]struct{}
+
+	overflow     uint64 // connections refused or displaced for want of room
+	overflowSaid time.Time
 }
 
 // New checks the configuration. It opens nothing.
@@ -189,13 +197,10 @@ func (s *Server) accept(nc net.Conn) {
 	c := &session{s: s, conn: &dialers.TCPConn{TCPConn: tc}, start: time.Now()}
 	c.ctx, c.cancel = context.WithCancelCause(context.Background())
 	s.mu.Lock()
-	full := len(s.conns) >= s.cfg.MaxConns
+	full := len(s.conns) >= s.cfg.MaxConns && !s.evictLocked()
 	if full || s.closed {
 		s.mu.Unlock()
 		c.conn.Abort()
-		if full {
-			s.cfg.Log.Warn("connection refused: too many", zap.Int("limit", s.cfg.MaxConns))
-		}
 		return
 	}
 	s.conns[c] = struct{}{}
@@ -208,6 +213,29 @@ func (s *Server) accept(nc net.Conn) {
 		delete(s.conns, c)
 		s.mu.Unlock()
 	}()
+}
+
+// evictLocked makes room for a connection by ending the one that has been longest in its handshake: an honest client needs a round trip or
+// two for that, so whoever opens connections and says little (slow loris) only displaces connections of its own. It says so in the log
+// once in a while, not once a connection.
+func (s *Server) evictLocked() bool {
+	var oldest *session
+	for c := range s.conns {
+		if !c.granted.Load() && (oldest == nil || c.start.Before(oldest.start)) {
+			oldest = c
+		}
+	}
+	s.overflow++
+	if now := time.Now(); now.Sub(s.overflowSaid) >= overflowPause {
+		s.cfg.Log.Warn("too many connections", zap.Int("limit", s.cfg.MaxConns), zap.Uint64("refused or displaced so far", s.overflow))
+		s.overflowSaid = now
+	}
+	if oldest == nil {
+		return false
+	}
+	delete(s.conns, oldest) // its goroutine ends by itself, and Close waits for it
+	oldest.cancel(errDisplaced)
+	return true
 }
 
 // Active returns the number of open connections.
@@ -265,8 +293,9 @@ type session struct {
 	cancel context.CancelCauseFunc
 	start  time.Time
 
-	user string
-	dst  string // where it wanted to go, for the log
+	granted atomic.Bool // the request has been read and is allowed: no longer in its handshake
+	user    string
+	dst     string // where it wanted to go, for the log
 }
 
 // run serves one connection from its first byte to its end.
@@ -310,14 +339,56 @@ func (c *session) handshake() error {
 var (
 	errProtocol = errors.New("neither SOCKS nor HTTP")
 	errAuth     = errors.New("wrong user or password")
+
+	errDisplaced = errors.New("too many connections, and this one was slow")
 )
 
-// dial opens the connection that the client asks for.
+// dial opens the connection that the client asks for. It gives up when the client does.
 func (c *session) dial(dst flow.Addr) (flow.Conn, error) {
+	c.granted.Store(true)
 	ctx, cancel := context.WithTimeout(c.ctx, c.s.cfg.DialTimeout)
 	defer cancel()
 	_ = c.conn.SetDeadline(time.Time{})
-	return c.s.cfg.Dialer.Dial(ctx, dst)
+	var watch sync.WaitGroup
+	gone := false
+	watch.Go(func() {
+		if gone = c.awaitGone(); gone {
+			cancel()
+		}
+	})
+	out, err := c.s.cfg.Dialer.Dial(ctx, dst)
+	_ = c.conn.SetReadDeadline(time.Unix(1, 0))
+	watch.Wait()
+	_ = c.conn.SetReadDeadline(time.Time{})
+	if err != nil && gone {
+		return nil, errClientGone
+	}
+	return out, err
+}
+
+// awaitGone waits until the client has reset its connection, or ended it without having sent anything that is still to be passed on, and
+// reports whether that was it: a read deadline ends it too. It reads nothing.
+func (c *session) awaitGone() bool {
+	raw, err := c.conn.SyscallConn()
+	if err != nil {
+		return false
+	}
+	early := c.in.Buffered() > 0
+	gone := false
+	err = raw.Read(func(fd uintptr) bool { // woken by every change of the socket's state
+		p := [1]unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}}
+		if n, err := unix.Poll(p[:], 0); err != nil || n == 0 {
+			return false
+		}
+		if p[0].Revents&(unix.POLLERR|unix.POLLHUP) != 0 {
+			gone = true
+			return true
+		}
+		unread, err := unix.IoctlGetInt(int(fd), unix.SIOCINQ)
+		gone = err == nil && unread == 0 && !early
+		return true
+	})
+	return err == nil && gone
 }
 
 // refuse sends a reply and closes so that the client gets to read it: closing with unread bytes in the socket would send RST.

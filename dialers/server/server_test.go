@@ -35,7 +35,9 @@ const secret = "hunter2-tOp+s3cret"
 func start(t *testing.T, cfg Config) (*Server, netip.AddrPort) {
 	t.Helper()
 	core, logs := observer.New(zapcore.DebugLevel)
-	cfg.Log = zap.New(core)
+	if cfg.Log == nil {
+		cfg.Log = zap.New(core)
+	}
 	if cfg.Net == nil {
 		cfg.Net = dialers.NewNet(dialers.NetConfig{})
 	}
@@ -303,28 +305,106 @@ func TestIdle(t *testing.T) {
 	}
 }
 
+// TestLimit fills a server with connections that are in use: what comes on top is reset, and the log says so once.
 func TestLimit(t *testing.T) {
-	s, at := start(t, Config{MaxConns: 2})
-	one, two := connect(t, at), connect(t, at)
-	for _, c := range []net.Conn{one, two} {
-		if _, err := io.WriteString(c, "\x05\x01\x00"); err != nil {
+	core, logs := observer.New(zapcore.InfoLevel)
+	s, at := start(t, Config{MaxConns: 2, Log: zap.New(core)})
+	origin := dialertest.Start(t, dialertest.Silent())
+	for range 2 {
+		c, err := dialer(t, "socks5://"+at.String()).Dial(t.Context(), flow.AddrFrom(origin.Addr))
+		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := io.ReadFull(c, make([]byte, 2)); err != nil {
-			t.Fatal(err)
+		defer c.Close()
+	}
+	for range 20 {
+		var d net.Dialer
+		third, err := d.DialContext(t.Context(), "tcp", at.String())
+		if err == nil { // else the reset was faster than connect(2)
+			_, err = third.Read(make([]byte, 1))
+			third.Close()
 		}
-	}
-	var d net.Dialer
-	third, err := d.DialContext(t.Context(), "tcp", at.String())
-	if err == nil { // else the reset was faster than connect(2)
-		defer third.Close()
-		_, err = third.Read(make([]byte, 1))
-	}
-	if !errors.Is(err, unix.ECONNRESET) {
-		t.Errorf("a third connection: %v", err)
+		if !errors.Is(err, unix.ECONNRESET) {
+			t.Errorf("a third connection: %v", err)
+		}
 	}
 	if s.Active() != 2 {
 		t.Error(s.Active())
+	}
+	if n := logs.FilterMessage("too many connections").Len(); n != 1 {
+		t.Errorf("%d lines about too many connections", n)
+	}
+}
+
+// TestSlowLoris fills a server with clients that never finish their request: those who do are served all the same.
+func TestSlowLoris(t *testing.T) {
+	const limit = 8
+	s, at := start(t, Config{MaxConns: limit})
+	origin := dialertest.Start(t, dialertest.Echo())
+	for i := range 5 * limit {
+		c := connect(t, at)
+		if _, err := io.WriteString(c, []string{"\x05\x02", "CONNECT a:1 HT", "\x04\x01", ""}[i%4]); err != nil && !errors.Is(err, unix.ECONNRESET) {
+			t.Error(err)
+		}
+	}
+	for _, raw := range upstreams(at, "") {
+		c, err := dialer(t, raw).Dial(t.Context(), flow.AddrFrom(origin.Addr))
+		if err != nil {
+			t.Errorf("%s: %v", raw, err)
+			continue
+		}
+		defer c.Close()
+	}
+	if n := s.Active(); n > limit {
+		t.Errorf("%d connections, more than %d", n, limit)
+	}
+}
+
+// stuckOut never connects, and says when it stops trying.
+type stuckOut struct {
+	fakeOut
+	begun, ended chan struct{}
+}
+
+func (s stuckOut) Dial(ctx context.Context, _ flow.Addr) (flow.Conn, error) {
+	s.begun <- struct{}{}
+	<-ctx.Done()
+	s.ended <- struct{}{}
+	return nil, context.Cause(ctx)
+}
+
+// TestClientGoes: a client that goes while its destination does not answer frees its place, whether it ends or resets the connection. One that
+// has sent something and ended its direction is still waiting for the answer.
+func TestClientGoes(t *testing.T) {
+	out := stuckOut{begun: make(chan struct{}, 1), ended: make(chan struct{}, 1)}
+	const request = "\x05\x01\x00\x05\x01\x00\x01\xc0\x00\x02\x01\x00\x50"
+	for _, tt := range []struct {
+		name, says string
+		leave      func(*net.TCPConn)
+		waits      bool
+	}{
+		{"end", request, func(c *net.TCPConn) { c.Close() }, false},
+		{"reset", request, func(c *net.TCPConn) { _ = c.SetLinger(0); c.Close() }, false},
+		{"reset with early data", request + "GET", func(c *net.TCPConn) { _ = c.SetLinger(0); c.Close() }, false},
+		{"end of what it has sent early", request + "GET", func(c *net.TCPConn) { _ = c.CloseWrite() }, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s, at := start(t, Config{Dialer: out, DialTimeout: 400 * time.Millisecond})
+			if !tt.waits {
+				s.cfg.DialTimeout = time.Hour
+			}
+			c := connect(t, at)
+			if _, err := io.WriteString(c, tt.says); err != nil {
+				t.Fatal(err)
+			}
+			<-out.begun
+			begin := time.Now()
+			tt.leave(c)
+			<-out.ended
+			if waited := time.Since(begin) >= 300*time.Millisecond; waited != tt.waits {
+				t.Errorf("given up after %v", time.Since(begin))
+			}
+		})
 	}
 }
 

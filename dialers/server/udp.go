@@ -46,6 +46,7 @@ func (c *session) associate(from flow.Addr) error {
 		c.refuse(socksReply(repGeneral, netip.AddrPort{}))
 		return errTooMany
 	}
+	c.granted.Store(true)
 	a := &association{c: c, client: c.clientAddr()}
 	if from.IP == a.client {
 		a.port.Store(uint32(from.Port))
