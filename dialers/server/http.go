@@ -28,10 +28,11 @@ const (
 type request struct {
 	method, target, version string
 	auth                    string // Proxy-Authorization
+	fields                  string // the others that an origin is to get, as they came
 	body                    bool   // a body is announced: nothing that follows can be told apart from it
 }
 
-// http serves CONNECT (RFC 9110 section 9.3.6). Clients may send payload without waiting for the reply.
+// http serves CONNECT (RFC 9110 section 9.3.6), and requests for http:// URLs. Clients may send payload without waiting for the reply.
 func (c *session) http() error {
 	for range maxTries {
 		r, err := readHTTP(c.in)
@@ -90,6 +91,9 @@ func (c *session) basic(field string) bool {
 }
 
 func (c *session) connect(r request) error {
+	if r.method != "CONNECT" && strings.HasPrefix(strings.ToLower(r.target), "http://") {
+		return c.forward(r)
+	}
 	if r.method != "CONNECT" {
 		c.refuse(httpReply(405, "Method Not Allowed", "", "Allow: CONNECT\r\nConnection: close\r\n"))
 		return fmt.Errorf("http: method %q: %w", r.method, errors.ErrUnsupported)
@@ -100,20 +104,59 @@ func (c *session) connect(r request) error {
 		return fmt.Errorf("http: %w", err)
 	}
 	granted := []byte("HTTP/1.1 200 Connection established\r\n\r\n")
-	refused := func(err error) []byte {
-		status, text, why := statusOf(err)
-		return httpReply(status, text, why, "Connection: close\r\n")
-	}
 	if isOverTCP(dst) {
-		return c.overTCP(dst, granted, refused)
+		return c.overTCP(dst, granted, httpRefused)
 	}
-	c.dst = dst.String()
-	out, err := c.dial(dst)
+	out, err := c.reach(dst)
 	if err != nil {
-		c.refuse(refused(err))
 		return err
 	}
 	return c.relay(out, granted)
+}
+
+// reach connects to a destination, or tells the client why not.
+func (c *session) reach(dst flow.Addr) (flow.Conn, error) {
+	c.dst = dst.String()
+	out, err := c.dial(dst)
+	if err != nil {
+		c.refuse(httpRefused(err))
+	}
+	return out, err
+}
+
+func httpRefused(err error) []byte {
+	status, text, why := statusOf(err)
+	return httpReply(status, text, why, "Connection: close\r\n")
+}
+
+// forward passes on a request in absolute form, as clients send it for http:// (RFC 9112 section 3.2.2): one a connection, which the
+// origin is asked to close. What follows the header is the body, and goes to the origin as it is.
+func (c *session) forward(r request) error {
+	authority, path, _ := strings.Cut(r.target[len("http://"):], "/")
+	if i := strings.IndexAny(authority, "?#@"); i >= 0 {
+		authority = "" // user names are obsolete here, and a query without a path is nothing that clients send
+	}
+	at := authority
+	if i := strings.LastIndexByte(at, ':'); i < 0 || strings.HasSuffix(at, "]") {
+		at += ":80"
+	}
+	dst, err := parseTarget(at)
+	if err != nil {
+		c.refuse(httpReply(400, "Bad Request", "", "Connection: close\r\n"))
+		return fmt.Errorf("http: %w", err)
+	}
+	out, err := c.reach(dst)
+	if err != nil {
+		return err
+	}
+	head := fmt.Sprintf("%s /%s %s\r\nHost: %s\r\n%sVia: 1.1 mprox\r\nConnection: close\r\n\r\n", r.method, path, r.version, authority, r.fields)
+	_ = out.SetWriteDeadline(time.Now().Add(c.s.cfg.DialTimeout))
+	if _, err := io.WriteString(out, head); err != nil {
+		out.Abort()
+		return err
+	}
+	_ = out.SetWriteDeadline(time.Time{})
+	return c.relay(out, nil)
 }
 
 // parseTarget reads the authority form: host:port.
@@ -174,8 +217,10 @@ func readHTTP(in *bufio.Reader) (request, error) {
 	if !ok1 || !ok2 || !strings.HasPrefix(r.version, "HTTP/1.") || len(r.version) != len("HTTP/1.1") {
 		return r, errMalformed
 	}
+	var fields strings.Builder
 	for range maxFields {
 		if line, size, err = readLine(in, size); err != nil || line == "" {
+			r.fields = fields.String()
 			return r, err
 		}
 		name, value, ok := strings.Cut(line, ":")
@@ -185,10 +230,12 @@ func readHTTP(in *bufio.Reader) (request, error) {
 		switch value = strings.Trim(value, " \t"); strings.ToLower(name) {
 		case "proxy-authorization":
 			r.auth = value
-		case "content-length":
+		case "host", "connection", "proxy-connection", "keep-alive", "te", "upgrade", "via": // for this hop, or ours to say
+		case "content-length", "transfer-encoding":
 			r.body = r.body || value != "0"
-		case "transfer-encoding":
-			r.body = true
+			fallthrough
+		default:
+			fields.WriteString(line + "\r\n")
 		}
 	}
 	return r, errMalformed

@@ -343,52 +343,60 @@ var (
 	errDisplaced = errors.New("too many connections, and this one was slow")
 )
 
-// dial opens the connection that the client asks for. It gives up when the client does.
+// dial opens the connection that the client asks for. It gives up when the client does: at once after a reset, and after lingerTime when the
+// client has ended its direction, since a few do that as soon as they have sent their request.
 func (c *session) dial(dst flow.Addr) (flow.Conn, error) {
 	c.granted.Store(true)
 	ctx, cancel := context.WithTimeout(c.ctx, c.s.cfg.DialTimeout)
 	defer cancel()
 	_ = c.conn.SetDeadline(time.Time{})
+	dialled := make(chan struct{})
 	var watch sync.WaitGroup
-	gone := false
 	watch.Go(func() {
-		if gone = c.awaitGone(); gone {
+		gone, reset := c.awaitGone()
+		if gone && !reset {
+			select {
+			case <-time.After(lingerTime):
+			case <-dialled:
+			}
+		}
+		if gone {
 			cancel()
 		}
 	})
 	out, err := c.s.cfg.Dialer.Dial(ctx, dst)
+	close(dialled)
 	_ = c.conn.SetReadDeadline(time.Unix(1, 0))
 	watch.Wait()
 	_ = c.conn.SetReadDeadline(time.Time{})
-	if err != nil && gone {
+	if err != nil && errors.Is(ctx.Err(), context.Canceled) && errors.Is(err, context.Canceled) {
 		return nil, errClientGone
 	}
 	return out, err
 }
 
-// awaitGone waits until the client has reset its connection, or ended it without having sent anything that is still to be passed on, and
-// reports whether that was it: a read deadline ends it too. It reads nothing.
-func (c *session) awaitGone() bool {
+// awaitGone waits until the client has reset its connection, or has ended it without having sent anything that is still to be passed on, and
+// reports whether that was it: a read deadline ends the wait too. It reads nothing.
+func (c *session) awaitGone() (gone, reset bool) {
 	raw, err := c.conn.SyscallConn()
 	if err != nil {
-		return false
+		return false, false
 	}
 	early := c.in.Buffered() > 0
-	gone := false
 	err = raw.Read(func(fd uintptr) bool { // woken by every change of the socket's state
 		p := [1]unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}}
 		if n, err := unix.Poll(p[:], 0); err != nil || n == 0 {
 			return false
 		}
 		if p[0].Revents&(unix.POLLERR|unix.POLLHUP) != 0 {
-			gone = true
+			gone, reset = true, true
 			return true
 		}
 		unread, err := unix.IoctlGetInt(int(fd), unix.SIOCINQ)
 		gone = err == nil && unread == 0 && !early
-		return true
+		return gone // with something to pass on, only a reset counts
 	})
-	return err == nil && gone
+	return err == nil && gone, reset
 }
 
 // refuse sends a reply and closes so that the client gets to read it: closing with unread bytes in the socket would send RST.
