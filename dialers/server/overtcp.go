@@ -54,6 +54,7 @@ func (c *session) overTCP(dst flow.Addr, granted []byte, refused func(error) []b
 		}
 	}
 	_ = c.conn.SetDeadline(time.Time{})
+	c.granted.Store(true)
 	s.r = uot.NewReader(c.in, s.only)
 	return s.run()
 }
