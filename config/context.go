@@ -20,6 +20,7 @@ type Context struct {
 	Strict      bool       `json:"strict" default:"false" doc:"Mark by BPF and by nftables, so that a process that sets its own packet mark is captured too."`
 	OnCrash     string     `json:"on_crash" default:"block" enum:"block,open" doc:"What captured traffic does when the daemon dies: block fails closed, open lets it leave directly."`
 	OnStop      string     `json:"on_stop" enum:"open,block" doc:"What captured traffic does after an orderly stop. Empty: open, and block in a container, so that a restart does not leak."`
+	Offload     string     `json:"offload" default:"auto" enum:"auto,off" doc:"Whether the kernel moves the bytes of established TCP connections where it can (auto), or always the network stack in user space."`
 	Limits      Limits     `json:"limits" doc:"Bounds of the context."`
 }
 
@@ -84,6 +85,7 @@ type Rule struct {
 	Match
 	Upstream string `json:"upstream" required:"true" doc:"Name of an upstream or pool; direct, reject and drop are built in."`
 	FTP      string `json:"ftp" default:"refuse" enum:"active,refuse,ignore" doc:"Active-mode FTP: active lets the server connect to the client by BIND at the same SOCKS upstream; refuse makes PORT and EPRT on port 21 fail at once, so that the client uses passive mode; ignore does not look."`
+	Offload  string `json:"offload" enum:"auto,off" doc:"Whether the kernel moves the bytes of these flows. Empty: as the context says."`
 }
 
 // DNS is how names are resolved for the captured.

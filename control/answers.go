@@ -278,7 +278,7 @@ func FlowOf(f *flow.Info, now time.Time) Flow {
 		Rule: f.Rule, Upstream: f.Upstream, State: f.State, Handshake: f.Handshake,
 		Start: f.Start.UTC(), DurationSeconds: max(0, end.Sub(f.Start).Seconds()),
 		BytesUp: f.BytesUp, BytesDown: f.BytesDown, PacketsUp: f.PacketsUp, PacketsDown: f.PacketsDown,
-		ConnectSeconds: f.Connect.Seconds(), Error: f.Err,
+		ConnectSeconds: f.Connect.Seconds(), Error: f.Err, Path: f.Path, PathReason: f.PathReason,
 	}
 	return out
 }

@@ -11,11 +11,13 @@ import (
 	"sync"
 	"syscall"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/mutex-proxy/mutex/flow"
 )
 
 var (
-	_ flow.Conn    = (*TCPConn)(nil)
+	_ flow.Socket  = (*TCPConn)(nil)
 	_ syscall.Conn = (*TCPConn)(nil)
 	_ flow.Conn    = (*tlsConn)(nil)
 	_ flow.Bound   = (*TCPConn)(nil)
@@ -25,6 +27,9 @@ var (
 // TCPConn is a plain TCP socket with an abort. Nothing is buffered above its descriptor.
 type TCPConn struct {
 	*net.TCPConn
+	mu      sync.Mutex
+	taken   func() // resets the socket after Detach; nil before
+	ended   bool   // Close or Abort was called
 	once    sync.Once
 	onClose func()                                      // runs once, at the first Close or Abort; nil = nothing
 	leave   func()                                      // gives the place at the upstream back, with onClose; nil = nothing
@@ -39,8 +44,31 @@ func (c *TCPConn) Bind(ctx context.Context) (flow.Binding, error) {
 	return c.bind(ctx)
 }
 
+// Detach gives the socket away (flow.Socket).
+func (c *TCPConn) Detach(abort func()) (int, error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return -1, err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.ended || c.taken != nil {
+		return -1, net.ErrClosed
+	}
+	fd := -1
+	cerr := raw.Control(func(s uintptr) { fd, err = unix.FcntlInt(s, unix.F_DUPFD_CLOEXEC, 0) })
+	if err := errors.Join(cerr, err); err != nil {
+		return -1, err
+	}
+	c.taken = abort
+	return fd, c.TCPConn.Close()
+}
+
 // Close closes the socket; what is queued is still sent.
 func (c *TCPConn) Close() error {
+	c.mu.Lock()
+	c.ended = true
+	c.mu.Unlock()
 	err := c.TCPConn.Close()
 	c.closed()
 	return err
@@ -48,6 +76,13 @@ func (c *TCPConn) Close() error {
 
 // Abort sends RST and discards what is queued. After Close it does nothing.
 func (c *TCPConn) Abort() {
+	c.mu.Lock()
+	taken := c.taken
+	c.mu.Unlock()
+	if taken != nil {
+		taken()
+		return
+	}
 	_ = c.SetLinger(0)
 	_ = c.Close()
 }

@@ -125,6 +125,13 @@ func (e *entry) early() {
 	e.mu.Unlock()
 }
 
+// path notes which way the flow's bytes take.
+func (e *entry) path(path, reason string) {
+	e.mu.Lock()
+	e.info.Path, e.info.PathReason = path, reason
+	e.mu.Unlock()
+}
+
 // established notes that the flow runs, and how long the upstream took.
 func (e *entry) established(connect time.Duration) {
 	e.mu.Lock()
@@ -218,6 +225,9 @@ func (e *entry) log(i *Info, result, reason string) {
 	}
 	if i.Handshake != HandshakeHonest {
 		fields = append(fields, zap.String("handshake", i.Handshake))
+	}
+	if i.Path == PathKernel {
+		fields = append(fields, zap.String("path", i.Path))
 	}
 	if reason != "" {
 		fields = append(fields, zap.String("reason", reason))

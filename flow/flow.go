@@ -8,6 +8,7 @@ package flow
 
 import (
 	"context"
+	"errors"
 	"net"
 	"net/netip"
 	"strconv"
@@ -168,7 +169,19 @@ type Decision struct {
 	Via    Dialer // set exactly when Action is Forward
 	Rule   string // "default", "bypass[0]", "rules[3]", "dns" ...
 	FTP    FTPMode
+	// Offload is whether a TCP flow is adopted into the kernel if it can be.
+	Offload Offload
 }
+
+// Offload is what a rule says about adopting flows into the kernel. The zero value says nothing.
+type Offload uint8
+
+// The values of offload.
+const (
+	OffloadDefault Offload = iota // as the context says
+	OffloadAuto                   // where it can be done
+	OffloadOff
+)
 
 // Needs is a set of things a rule that can still match has to know.
 type Needs uint8
@@ -229,6 +242,35 @@ type Conn interface {
 	CloseWrite() error // sends FIN
 	Abort()            // sends RST, discards what is queued; safe after Close
 }
+
+// Socket is implemented by a Conn that is a plain TCP socket which can be given away. A Conn that is not one has bytes of its own in between.
+type Socket interface {
+	Conn
+	// Detach gives the descriptor, which does not block and is not known to the runtime's poller, to the caller, who closes it. The Conn itself
+	// has still to be closed, by Close, after that: it counts as open until then. Abort calls abort from now on, which must not block or call the Conn.
+	// With an error nothing has changed. It must not be called while the Conn is being read or written.
+	Detach(abort func()) (fd int, err error)
+}
+
+// Adopter is implemented by a Pending that can make the application's connection in the kernel, so that bytes never pass through here.
+type Adopter interface {
+	// Adopt answers the request as Accept does. Unless the error is ErrGone, the application has not been answered then, and Accept or Reject
+	// has still to be called.
+	Adopt() (Splicer, error)
+}
+
+// Splicer is an application's Conn that moves bytes between itself and an upstream's socket without anybody waiting for them.
+type Splicer interface {
+	Conn
+	// Splice is to move bytes both ways, and counts those towards the upstream in up and those towards the application in down. ended is
+	// called once for each direction, with nil after the end of file and everything before it have been passed on, else with an error as that
+	// of WriterTo; after it the direction's source can be read. It must not block. Splice returns the Conn to use for the upstream from now
+	// on, and what begins to move bytes; with an error nothing has changed. If beginning fails, ended is not called.
+	Splice(upstream Socket, up, down *Counter, ended func(upload bool, err error)) (far Conn, begin func() error, err error)
+}
+
+// ErrGone means that the application has been answered, and is there no more.
+var ErrGone = errors.New("the application has gone")
 
 // Pending is a connection request (SYN) that has not been answered. Exactly one of its methods is called, exactly once.
 type Pending interface {

@@ -48,6 +48,7 @@ type HandlerConfig struct {
 type Tuning struct {
 	DialTimeout time.Duration // of one flow, all attempts of a pool together; 0 = DefaultDialTimeout
 	ICMP        ICMPMode
+	Offload     Offload // of flows whose rule says nothing; OffloadDefault is OffloadOff
 }
 
 // Handler is the life of every flow of one context. stack calls TCP, UDP and Echo, each from a goroutine of its own.
@@ -182,7 +183,7 @@ func (h *Handler) forward(ctx context.Context, f *Flow, e *entry, d Decision, p 
 	}
 	h.table.cfg.Recorder.Connected(via.Name(), connect)
 
-	app, err := p.Accept()
+	app, err := h.accept(e, d.Offload, p, up, isFTP(f, d))
 	if err != nil { // the application has gone; the upstream learns it the same way
 		up.Abort()
 		e.outcome(ResultFailed, because(ctx, fmt.Errorf("accept: %w", err)))
@@ -197,6 +198,36 @@ func (h *Handler) forward(ctx context.Context, f *Flow, e *entry, d Decision, p 
 	if err := relay(ctx, app, up, head, e, h.buffers); err != nil {
 		e.outcome(ResultReset, because(ctx, err))
 	}
+}
+
+// accept answers the application: by the kernel where that can be done, else by netstack, which always can. The flow shows which, and why. Bytes
+// that are watched have to come by here.
+func (h *Handler) accept(e *entry, o Offload, p Pending, up Conn, watched bool) (Conn, error) {
+	if o == OffloadDefault {
+		o = h.tuning.Load().Offload
+	}
+	why := PathOff
+	if o == OffloadAuto {
+		a, held := p.(Adopter)
+		_, socket := up.(Socket)
+		switch {
+		case watched:
+			why = PathWatched
+		case !held:
+			why = PathEarly
+		case !socket:
+			why = PathUpstream
+		default:
+			app, err := a.Adopt()
+			if err == nil || errors.Is(err, ErrGone) {
+				e.path(PathKernel, "")
+				return app, err
+			}
+			why = err.Error()
+		}
+	}
+	e.path(PathNetstack, why)
+	return p.Accept()
 }
 
 // dial opens a connection within the flow's dial time-out, waiting for its turn included.

@@ -50,6 +50,11 @@ type relaying struct {
 // and none at all if app moves the bytes by itself, from and to the socket of up.
 func relay(ctx context.Context, app, up Conn, head []byte, e *entry, buffers *bufferPool) error {
 	r := &relaying{app: app, up: up, e: e, buffers: buffers}
+	if s, ok := app.(Splicer); ok && len(head) == 0 {
+		if sock, ok := up.(Socket); ok && r.spliced(ctx, s, sock) {
+			return r.close()
+		}
+	}
 	_, wt := app.(io.WriterTo)
 	_, rf := app.(io.ReaderFrom)
 	if c, ok := app.(Counted); ok && wt && rf {
@@ -95,9 +100,52 @@ func (r *relaying) download() error {
 	return r.copy(r.app, r.up, &r.e.down)
 }
 
+// spliced leaves the bytes to app, waits for the end of both directions, and reports whether that could be done. Who waits is the flow's own
+// goroutine, the only one it has.
+func (r *relaying) spliced(ctx context.Context, app Splicer, up Socket) bool {
+	var running sync.WaitGroup
+	running.Add(2)
+	far, begin, err := app.Splice(up, &r.e.up, &r.e.down, func(upload bool, err error) {
+		src, dst := r.app, r.up
+		if !upload {
+			src, dst = dst, src
+		}
+		if isWriteError(err) { // src is read until it ends
+			go func() {
+				defer running.Done()
+				r.settle(src, dst, err)
+			}()
+			return
+		}
+		r.settle(src, dst, err)
+		running.Done()
+	})
+	if err != nil {
+		return false
+	}
+	r.up = far
+	aborted := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(aborted)
+		r.abort(context.Cause(ctx))
+	})
+	if err := begin(); err != nil {
+		r.abort(err)
+	}
+	running.Wait()
+	if !stop() {
+		<-aborted
+	}
+	return true
+}
+
 // direction runs one direction to its end and passes that end on.
 func (r *relaying) direction(src, dst Conn, move func() error) {
-	err := move()
+	r.settle(src, dst, move())
+}
+
+// settle passes the end of a direction on.
+func (r *relaying) settle(src, dst Conn, err error) {
 	switch {
 	case err == nil:
 		_ = dst.CloseWrite() // if it fails, dst is gone, which the other direction finds out by reading from it

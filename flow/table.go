@@ -55,7 +55,23 @@ type Info struct {
 	Connect                                    time.Duration // how long the upstream took; 0 = not connected
 	End                                        time.Time     // zero while the flow lives
 	Err                                        string
+	// Path is one of the Path constants; "" before a TCP flow is established, and for what is none. PathReason is why not the kernel.
+	Path, PathReason string
 }
+
+// The ways of an established TCP flow's bytes.
+const (
+	PathKernel   = "kernel"   // spliced between two sockets: the flow was adopted
+	PathNetstack = "netstack" // through the network stack in user space
+)
+
+// Why a flow is not adopted, besides errors of the kernel's.
+const (
+	PathOff      = "off"
+	PathEarly    = "the application had to be answered first"
+	PathUpstream = "the upstream is not a plain socket"
+	PathWatched  = "commands inside the connection are watched"
+)
 
 // The states of a flow.
 const (

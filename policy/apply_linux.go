@@ -34,15 +34,18 @@ func (o owns) rule(r Rule) bool {
 	if r.Protocol != Protocol || off < 0 || off >= ruleBlock {
 		return false
 	}
-	if off >= prioBypass {
+	switch {
+	case off >= prioBypass:
 		return o.global
+	case off >= prioAccel:
+		return o.slots[off-prioAccel]
 	}
 	return o.slots[off/rulesPerSlot]
 }
 
 func (o owns) route(r Route) bool {
 	off := r.Table - o.spec.TableBase
-	return r.Protocol == Protocol && off >= 0 && off < 2*MaxContexts && o.slots[off%MaxContexts]
+	return r.Protocol == Protocol && off >= 0 && off < tablesPerSlot*MaxContexts && o.slots[off%MaxContexts]
 }
 
 // applier brings the kernel from whatever it is to a plan. Order matters: what closes comes before what opens, in both directions.
@@ -175,9 +178,9 @@ func (a *applier) addRoutes(which func(Route) bool) error {
 		switch {
 		case err == nil:
 			a.count("route", 1)
-		case a.toDirect(r), r.V6() && errors.Is(err, unix.EACCES):
+		case a.toDirect(r), r.Type == RouteLocal, r.V6() && errors.Is(err, unix.EACCES):
 			// A link that has just gone down or lost its address; or IPv6 switched off by sysctl. The next event brings the next try;
-			// until then that destination is closed, by the route behind this one or by the guard.
+			// until then that destination is closed, by the route behind this one or by the guard. The same with lo, which may be down.
 			a.warn(r.String(), "route cannot be added", zap.Stringer("route", r), zap.Error(err))
 		default:
 			return err

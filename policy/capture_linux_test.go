@@ -227,7 +227,7 @@ func TestGuardsMatter(t *testing.T) {
 		{"marks cleared", "nft flush chain inet mprox output", escapes},
 		{"rules and guard", "nft delete table inet mprox; for f in -4 -6; do for i in $(ip $f rule | grep -c 'proto 77' | xargs seq); do ip $f rule del proto 77; done; done", captured},
 		{"closed routes and guard", "nft delete table inet mprox; ip route flush table 19760; ip -6 route flush table 19760", captured},
-		{"DNS rules and guard", "nft delete table inet mprox; for f in -4 -6; do ip $f rule del priority 8650; ip $f rule del priority 8651; done", captured},
+		{"DNS rules and guard", "nft delete table inet mprox; for f in -4 -6; do ip $f rule del priority 8810; ip $f rule del priority 8811; done", captured},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {

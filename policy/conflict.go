@@ -9,7 +9,7 @@ import (
 
 // conflicts finds rules and routes of others where ours must go. Rules and routes that carry our protocol number are ours.
 func conflicts(s Spec, snap Snapshot) error {
-	tables := func(t int) bool { return t >= s.TableBase && t < s.TableBase+2*MaxContexts }
+	tables := func(t int) bool { return t >= s.TableBase && t < s.TableBase+tablesPerSlot*MaxContexts }
 	for _, r := range snap.Rules {
 		if r.Protocol == Protocol {
 			continue
@@ -20,14 +20,14 @@ func conflicts(s Spec, snap Snapshot) error {
 			return fmt.Errorf("%w: %s is among the priorities %d-%d: set kernel.rule_priority to a free block of %d",
 				ErrConflict, who, s.RulePriority, s.RulePriority+ruleBlock-1, ruleBlock)
 		case tables(r.Table):
-			return fmt.Errorf("%w: %s uses a table of ours: set kernel.table_base to a free block of %d", ErrConflict, who, 2*MaxContexts)
+			return fmt.Errorf("%w: %s uses a table of ours: set kernel.table_base to a free block of %d", ErrConflict, who, tablesPerSlot*MaxContexts)
 		case overlaps(s.Mask, r):
 			return fmt.Errorf("%w: %s uses a mark of ours: set kernel.mark_mask to eight free bits", ErrConflict, who)
 		}
 	}
 	for _, r := range snap.Routes {
 		if tables(r.Table) && r.Protocol != Protocol {
-			return fmt.Errorf("%w: %s is in a table of ours: set kernel.table_base to a free block of %d", ErrConflict, named("route", r, ownerOfRoute(r)), 2*MaxContexts)
+			return fmt.Errorf("%w: %s is in a table of ours: set kernel.table_base to a free block of %d", ErrConflict, named("route", r, ownerOfRoute(r)), tablesPerSlot*MaxContexts)
 		}
 	}
 	return nil
@@ -57,7 +57,7 @@ func overlaps(mask uint32, r Rule) bool {
 
 // ourValues are the values that we give within the mask.
 func ourValues() []uint32 {
-	out := []uint32{markBypass, markInbound}
+	out := []uint32{markBypass, markInbound, markAccel}
 	for v := range uint32(MaxContexts) {
 		out = append(out, markFirst+v)
 	}
@@ -67,5 +67,5 @@ func ourValues() []uint32 {
 // ourMark reports whether the bits of a foreign mark inside our mask are a value that we give.
 func ourMark(mask, mark uint32) bool {
 	v := mark & mask >> bits.TrailingZeros32(mask)
-	return v == markBypass || v == markInbound || v >= markFirst && v < markFirst+MaxContexts
+	return v == markBypass || v == markInbound || v == markAccel || v >= markFirst && v < markFirst+MaxContexts
 }

@@ -112,6 +112,7 @@ func (g *guard) prerouting() {
 		if c.TUN == "" {
 			continue
 		}
+		pre.rules = append(pre.rules, g.accelAnswers(c)...)
 		if c.Mode != ModeGlobal && c.Mode != ModeGateway {
 			// The reverse path of what comes out of the TUN is looked up with the context's mark: the main table may have no route at all.
 			// What the kernel answers by itself (a reset, say) goes back by the connection's mark.
@@ -150,6 +151,7 @@ func (g *guard) output() {
 	out := nfChain{name: "output", typ: "route", hook: "output", priority: prioMangle}
 	add := func(stmts ...nfStmt) { out.rules = append(out.rules, stmts) }
 
+	g.accelOutput(&out)
 	if g.wide {
 		// The connection's mark covers what has no socket any more: time-wait and resets.
 		add(g.mark(false, bypass), g.mark(true, bypass), accept())
@@ -227,6 +229,7 @@ func (g *guard) daemon() nfStmt {
 // postrouting is the guard itself: the device a packet really leaves by is known only here.
 func (g *guard) postrouting() {
 	post := nfChain{name: "guard", typ: "filter", hook: "postrouting", priority: prioGuard}
+	g.accelGuard(&post)
 	if g.global {
 		post.rules = append(post.rules,
 			rule(g.mark(false, BypassMark(g.spec.Mask)), accept()),

@@ -249,6 +249,7 @@ const (
 	RouteUnicast RouteType = iota
 	RouteUnreachable
 	RouteThrow // this table has no answer: the next rule is asked
+	RouteLocal // delivered on this machine
 	RouteOther
 )
 
@@ -272,7 +273,7 @@ func (r Route) V6() bool { return r.Dst.Addr().Is6() }
 // String is the route in the notation of `ip route`.
 func (r Route) String() string {
 	var b strings.Builder
-	b.WriteString([...]string{"", "unreachable ", "throw ", "other "}[min(r.Type, RouteOther)])
+	b.WriteString([...]string{"", "unreachable ", "throw ", "local ", "other "}[min(r.Type, RouteOther)])
 	if r.Dst.Bits() == 0 {
 		b.WriteString("default")
 	} else {

@@ -94,7 +94,7 @@ func TestRepair(t *testing.T) {
 	l.up()
 	whole := l.state()
 	for object, remove := range map[string]string{
-		"rule":  "ip rule del priority 8653; ip -6 rule del priority 8650",
+		"rule":  "ip rule del priority 8813; ip -6 rule del priority 8810",
 		"route": `ip route del unreachable default table 19760 metric 9999; ip route flush table 19920; ip -6 route flush table 19760`,
 		"nft":   "nft flush ruleset",
 		"link":  "ip link set mprox0 down",

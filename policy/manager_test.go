@@ -109,7 +109,7 @@ func TestOrder(t *testing.T) {
 		t.Fatal(err)
 	}
 	log := b.host.take()
-	before(t, log, "mkdir", "move self", "sysctl net/ipv4/tcp_fwmark_accept=1", "add route unreachable default table 19760", "8699: from all nop", "8640", "8653", "8652", "8650")
+	before(t, log, "mkdir", "move self", "sysctl net/ipv4/tcp_fwmark_accept=1", "add route unreachable default table 19760", "8859: from all nop", "8800", "8813", "8812", "8810")
 	if i := index(t, log, "nft +mprox"); i > index(t, log, "move self") {
 		t.Error("conntrack is not switched on first")
 	}
@@ -299,7 +299,7 @@ func TestReconcile(t *testing.T) {
 		whole := b.host.world()
 		b.host.take()
 		b.host.mu.Lock()
-		b.host.snap.Rules = slices.DeleteFunc(b.host.snap.Rules, func(r Rule) bool { return r.Priority == 8653 })
+		b.host.snap.Rules = slices.DeleteFunc(b.host.snap.Rules, func(r Rule) bool { return r.Priority == 8813 })
 		delete(b.host.tables, "mprox")
 		// Somebody else moves into our block: no reason to leave our own broken.
 		foreign := Rule{Priority: 8999, Table: 7}

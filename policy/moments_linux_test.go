@@ -75,7 +75,7 @@ func TestNoOpenMoment(t *testing.T) {
 	for _, change := range []string{
 		"ip route add 0.0.0.0/1 via 10.9.0.1; ip route add 128.0.0.0/1 via 10.9.0.1; ip -6 route add 2000::/3 via 2001:db8:9::1",
 		"ip addr add 192.168.9.1/24 dev c0", "ip addr del 10.9.0.2/24 dev c0", "ip addr add 10.9.0.2/24 dev c0; ip route add default via 10.9.0.1 metric 7",
-		"ip link set c0 down", "ip link set c0 up; ip route add default via 10.9.0.1", "ip link set mprox0 down", "ip rule del priority 8653", "ip route flush table 19760",
+		"ip link set c0 down", "ip link set c0 up; ip route add default via 10.9.0.1", "ip link set mprox0 down", "ip rule del priority 8813", "ip route flush table 19760",
 		"nft delete chain inet mprox-x 2>/dev/null || true",
 	} {
 		l.sh(change)

@@ -124,6 +124,15 @@ func stmtExprs2(s nfStmt) ([]expr.Any, error) {
 			return append(out, cmpReg(false, []byte{s.from})), nil
 		}
 		return append(out, &expr.Range{Op: expr.CmpOpEq, Register: reg1, FromData: []byte{s.from}, ToData: []byte{s.to}}), nil
+	case stTTL:
+		offset := uint32(8)
+		if s.v6 {
+			offset = 7
+		}
+		return append(family(s.v6), &expr.Payload{DestRegister: reg1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: 1}, cmpReg(false, []byte{s.ttl})), nil
+	case stSYNACK:
+		flags := &expr.Payload{DestRegister: reg1, Base: expr.PayloadBaseTransportHeader, Offset: 13, Len: 1}
+		return append(l4(protoTCP), flags, masked([]byte{0x17}, []byte{0}), cmpReg(false, []byte{0x12})), nil
 	case stHops255:
 		return append(family(true), &expr.Payload{DestRegister: reg1, Base: expr.PayloadBaseNetworkHeader, Offset: 7, Len: 1}, cmpReg(false, []byte{255})), nil
 	case stCounter:

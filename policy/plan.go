@@ -11,7 +11,8 @@ import (
 // Where a rule stands inside the block of priorities that is ours. Marked contexts come before the global one, each with four rules.
 const (
 	rulesPerSlot = 4
-	prioBypass   = rulesPerSlot * MaxContexts
+	prioAccel    = rulesPerSlot * MaxContexts // one a slot: no priority is shared by two instances
+	prioBypass   = prioAccel + MaxContexts
 	prioInbound  = prioBypass + 1
 	prioDHCP     = prioBypass + 2
 	prioServers  = prioBypass + 3
@@ -74,8 +75,10 @@ func NewPlan(spec Spec, snap Snapshot) (*Plan, error) {
 		}
 		routes, prefixes := directRoutes(spec, c, snap)
 		p.Routes = append(append(p.Routes, captureRoutes(spec, c, snap)...), routes...)
+		p.Routes = append(p.Routes, accelRoutes(spec, c, snap)...)
 		direct[c.Slot] = newDirectSets(prefixes, c.Fake)
 		p.Rules = append(p.Rules, contextRules(spec, c, snap)...)
+		p.Rules = append(p.Rules, accelRules(spec, c, snap)...)
 		if c.TUN != "" {
 			l := LinkSpec{Name: c.TUN, MTU: c.MTU, TxQLen: txQueueLen, Addr4: c.Addr4}
 			if snap.IPv6 {

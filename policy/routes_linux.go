@@ -85,7 +85,7 @@ func (h *LinuxHost) snapshotFamily(s *Snapshot, names map[int]string, v6 bool, b
 		s.Rules = append(s.Rules, ruleFrom(r, v6))
 	}
 	err = h.rt.RouteListFilteredIter(fam, &vnl.Route{Table: unix.RT_TABLE_UNSPEC}, vnl.RT_FILTER_TABLE, func(r vnl.Route) bool {
-		if r.Table == mainTable || r.Table >= base && r.Table < base+2*MaxContexts {
+		if r.Table == mainTable || r.Table >= base && r.Table < base+tablesPerSlot*MaxContexts {
 			if route, ok := routeFrom(r, names, v6); ok {
 				s.Routes = append(s.Routes, route)
 			}
@@ -235,6 +235,8 @@ func routeFrom(r vnl.Route, names map[int]string, v6 bool) (Route, bool) {
 		out.Type, out.Dev = RouteUnreachable, ""
 	case unix.RTN_THROW:
 		out.Type, out.Dev = RouteThrow, ""
+	case unix.RTN_LOCAL:
+		out.Type = RouteLocal
 	default:
 		out.Type = RouteOther
 	}
@@ -254,8 +256,11 @@ func (h *LinuxHost) route(r Route) (*vnl.Route, error) {
 		out.Type = unix.RTN_UNREACHABLE
 	case RouteThrow:
 		out.Type = unix.RTN_THROW
-	case RouteUnicast:
+	case RouteUnicast, RouteLocal:
 		out.Type = unix.RTN_UNICAST
+		if r.Type == RouteLocal {
+			out.Type, out.Scope = unix.RTN_LOCAL, unix.RT_SCOPE_HOST
+		}
 		l, err := h.rt.LinkByName(r.Dev)
 		if err != nil {
 			return nil, err

@@ -22,7 +22,10 @@ const (
 // MaxContexts is how many contexts the marks 0x50 to 0xef can tell apart.
 const MaxContexts = 160
 
-// The values inside the mask. 0x4c and 0x4f stay unused, so that `fwmark 0x4c/0xfc` covers both privileged marks.
+// tablesPerSlot is how many routing tables a context has: T (capture), D (direct) and A (adopted flows), each kind in a block of its own.
+const tablesPerSlot = 3
+
+// The values inside the mask. 0x4c stays unused, so that `fwmark 0x4c/0xfc` covers all privileged marks; 0x4f is that of accel.go.
 const (
 	markExcluded = 0x4c // of sockets, by BPF; packets get the bypass mark
 	markBypass   = 0x4d
@@ -99,7 +102,7 @@ func (in Instance) tableName() string {
 type Spec struct {
 	Instance     Instance
 	Mask         uint32 // which bits of mark and connmark are ours: eight adjacent ones; 0 = DefaultMask
-	TableBase    int    // first of the 320 routing tables that are ours; 0 = DefaultTableBase
+	TableBase    int    // first of the 480 routing tables that are ours; 0 = DefaultTableBase
 	RulePriority int    // first of the 1000 ip rule priorities that are ours; 0 = DefaultRulePriority
 	Contexts     []ContextSpec
 	Owners       bool // who makes sockets is written down, for Manager.Owner
@@ -128,6 +131,7 @@ type ContextSpec struct {
 	Cgroups []CgroupRef // ModeProcess and ModeCgroup: captured with all their descendants
 	Select  []Selector  // ModeProcess and ModeCgroup: captured beside them, from the next packet on; ModeGateway: whom
 	Exclude []Selector  // in these modes not selected, in ModeGlobal not captured, by this context
+	Offload bool        // TCP flows may be adopted into the kernel (accel.go). Not in ModeGateway
 	OnStop  OnEnd
 	OnCrash OnEnd
 	Strict  bool // BPF and nftables both mark: a process that changes its socket's mark is captured all the same

@@ -93,6 +93,7 @@ type Rule struct {
 	Match
 	Upstream string
 	FTP      flow.FTPMode
+	Offload  flow.Offload
 }
 
 // PathError is an error at a place of the configuration.

@@ -63,6 +63,7 @@ func Compile(in Input) (*Table, error) {
 			sniff:    flow.Decision{Action: flow.Sniff, Rule: name},
 		}
 		t.rules[i].decision.FTP = in.Rules[i].FTP
+		t.rules[i].decision.Offload = in.Rules[i].Offload
 	}
 	t.def = c.decision(path+".default", "default", in.Default)
 	if len(c.errs) > 0 {

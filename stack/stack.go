@@ -27,6 +27,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
 
 	"github.com/mutex-proxy/mutex/flow"
+	"github.com/mutex-proxy/mutex/stack/offload"
 	"github.com/mutex-proxy/mutex/tun"
 )
 
@@ -48,6 +49,9 @@ type Config struct {
 	Device  *tun.Device // remains the caller's, to be closed after the Stack
 	Handler Handler
 	Log     *zap.Logger // nil = silence
+
+	// Offload adopts TCP flows into the kernel where flow asks for it; nil = none. It needs what policy.ContextSpec.Offload puts there.
+	Offload *offload.Config
 
 	MaxPendingTCP  int // unanswered connection requests, half of them from one source; 0 = 16384
 	MaxUDPSessions int // application sockets; 0 = 32768
@@ -100,6 +104,14 @@ func New(cfg Config) (*Stack, error) {
 	s.link = newLink(cfg.Device, &s.count)
 	s.send.link = s.link
 	s.tcp = &tcpFront{s: s, max: cfg.MaxPendingTCP, pending: map[stack.TransportEndpointID]*syn{}, perSource: map[tcpip.Address]int{}}
+	if cfg.Offload != nil {
+		o := *cfg.Offload
+		o.MTU = cfg.Device.MTU()
+		var err error
+		if s.tcp.adopted.engine, err = offload.New(o); err != nil {
+			return nil, fmt.Errorf("stack: %w", err)
+		}
+	}
 	s.udp = newUDPTable(s, cfg.MaxUDPSessions)
 	s.echo = newEchoTable(s)
 	return s, nil
@@ -113,6 +125,11 @@ func (s *Stack) Start() error {
 		return errors.New("stack: started or closed before")
 	}
 	s.started = true
+	if e := s.tcp.adopted.engine; e != nil {
+		if err := e.Start(); err != nil {
+			return fmt.Errorf("stack: %w", err)
+		}
+	}
 	trusted, checked := newTrusted(s.link), newChecked(s.link)
 	if err := s.build(trusted, checked); err != nil {
 		return fmt.Errorf("stack: %w", err)
@@ -193,6 +210,9 @@ func (s *Stack) Close() error {
 	}
 	s.udp.close()
 	s.echo.close()
+	if e := s.tcp.adopted.engine; e != nil {
+		_ = e.Close()
+	}
 	if s.ns != nil {
 		s.abortAll()
 		s.ns.Close()

@@ -67,6 +67,7 @@ type tcpFront struct {
 	handshake time.Duration // 0 = handshakeTime
 	fwd       *tcp.Forwarder
 	open      atomic.Int64 // accepted and not closed connections
+	adopted   adoptions
 
 	mu        sync.Mutex
 	pending   map[stack.TransportEndpointID]*syn
@@ -86,6 +87,12 @@ func (t *tcpFront) handle(id stack.TransportEndpointID, pkt *stack.PacketBuffer)
 	h := header.TCP(pkt.TransportHeader().Slice())
 	if len(h) < header.TCPMinimumSize {
 		return false
+	}
+	if answer, ok := t.adopted.stray(id, h); ok {
+		if answer != nil {
+			_ = t.s.link.answer(answer)
+		}
+		return true
 	}
 	const mask = header.TCPFlagSyn | header.TCPFlagAck | header.TCPFlagRst | header.TCPFlagFin
 	switch flags := h.Flags() & mask; {

@@ -123,6 +123,8 @@ type Flow struct {
 	PacketsDown     uint64    `json:"packets_down"`
 	ConnectSeconds  float64   `json:"connect_seconds"` // from the SYN to the upstream's answer; 0 while it is awaited
 	Error           string    `json:"error"`
+	Path            string    `json:"path"`        // kernel, netstack; "" until a TCP flow is established, and for others
+	PathReason      string    `json:"path_reason"` // why not kernel
 }
 
 // App is the process a flow belongs to. When it is not known, Method is "", PID is 0, and UID and GID are -1 (0 would be root).

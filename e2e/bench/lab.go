@@ -154,7 +154,7 @@ func (l *lab) listening(host string, port int) error {
 
 // addSubjects makes the client namespaces and starts what runs in them.
 func (l *lab) addSubjects() error {
-	all := []*subject{{name: subPlain}, {name: subUpstream, socks: socksAt(socksPort)}, {name: subFloor}, {name: subSplice}, {name: subEngine}}
+	all := []*subject{{name: subPlain}, {name: subUpstream, socks: socksAt(socksPort)}, {name: subFloor}, {name: subSplice}, {name: subEngine}, {name: subNetstack}}
 	if l.o.other != "" {
 		all = append(all, &subject{name: subOther})
 	}
@@ -172,7 +172,7 @@ func (l *lab) addSubjects() error {
 		switch s.name {
 		case subFloor, subSplice:
 			s.start = func() (*process, error) { return l.startRedirect(s) }
-		case subEngine, subOther:
+		case subEngine, subNetstack, subOther:
 			s.start = func() (*process, error) { return l.startEngine(s) }
 		case subPeer:
 			s.start = func() (*process, error) { return l.startPeer(s, k+1) }
@@ -251,10 +251,21 @@ func (l *lab) engineArgs(s *subject) []string {
 	if s.name == subOther {
 		binary = l.o.other
 	}
-	return []string{
-		binary, "up", "--socket", filepath.Join(l.dir, s.name+".sock"), "-D", filepath.Join(l.dir, s.name),
-		"--log-level", "error", "--proxy", "socks5h://" + socksAt(l.port),
+	args := []string{binary, "up", "--socket", filepath.Join(l.dir, s.name+".sock"), "-D", filepath.Join(l.dir, s.name), "--log-level", "error"}
+	if s.name == subNetstack {
+		return append(args, "-c", l.netstackConfig())
 	}
+	return append(args, "--proxy", "socks5h://"+socksAt(l.port))
+}
+
+// netstackConfig is what the command line says for the engine, and offload off.
+func (l *lab) netstackConfig() string {
+	file := filepath.Join(l.dir, "netstack.json")
+	config := fmt.Sprintf(`{"upstreams": {"proxy": {"url": "socks5h://%s"}}, "contexts": {"default": {"default": "proxy", "offload": "off"}}}`, socksAt(l.port))
+	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
+		return os.DevNull // the engine will say that it is not a configuration
+	}
+	return file
 }
 
 // startPeer starts another program and, when its device is there, routes everything but the SOCKS5 server into it.

@@ -22,7 +22,8 @@ const (
 	subFloor    = "floor"    // REDIRECT and a copy through 64 KiB, same server
 	subSplice   = "splice"   // REDIRECT and splice, same server
 	subEngine   = "mprox"
-	subOther    = "other" // another build of it
+	subNetstack = "netstack" // the same with offload off
+	subOther    = "other"    // another build of it
 	subPeer     = "peer"
 )
 
@@ -123,7 +124,7 @@ func (l *lab) measure(ctx context.Context, wanted []row, rep *report) error {
 	for _, r := range wanted {
 		if r.special != nil {
 			for _, s := range l.subjects {
-				if s.name != subEngine && s.name != subOther && s.name != subPeer {
+				if s.name != subEngine && s.name != subNetstack && s.name != subOther && s.name != subPeer {
 					continue
 				}
 				if err := r.special(ctx, l, s, rep); err != nil {

@@ -257,6 +257,8 @@ type Flow struct {
 	BytesUp    uint64 `json:"bytes_up"`
 	BytesDown  uint64 `json:"bytes_down"`
 	Error      string
+	Path       string
+	PathReason string `json:"path_reason"`
 }
 
 // Get asks the control socket, as the root user of the tests.

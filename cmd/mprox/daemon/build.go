@@ -310,9 +310,20 @@ func buildRules(cfg *config.Config, name string, u *upstreams, see view) (*routi
 		Fake:   fakePrefixes(c.DNS.Fake),
 	}
 	for _, r := range c.Rules {
-		in.Rules = append(in.Rules, routing.Rule{Match: match(r.Match), Upstream: r.Upstream, FTP: ftpMode(r.FTP)})
+		in.Rules = append(in.Rules, routing.Rule{Match: match(r.Match), Upstream: r.Upstream, FTP: ftpMode(r.FTP), Offload: offloadOf(r.Offload)})
 	}
 	return routing.Compile(in)
+}
+
+// offloadOf is the value of an offload key.
+func offloadOf(s string) flow.Offload {
+	switch s {
+	case "auto":
+		return flow.OffloadAuto
+	case "off":
+		return flow.OffloadOff
+	}
+	return flow.OffloadDefault
 }
 
 // match turns the schema's conditions into the router's. The two have the same fields, and a test compares them.

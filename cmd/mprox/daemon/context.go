@@ -22,6 +22,7 @@ import (
 	"github.com/mutex-proxy/mutex/policy"
 	"github.com/mutex-proxy/mutex/routing"
 	"github.com/mutex-proxy/mutex/stack"
+	"github.com/mutex-proxy/mutex/stack/offload"
 	"github.com/mutex-proxy/mutex/tun"
 )
 
@@ -38,9 +39,12 @@ type liveContext struct {
 	name  string
 	slot  int
 	lease bool
-	log   *zap.Logger
-	net   *dialers.Net
-	table *flow.Table
+	// accelMark is that of adopted flows. What the kernel needs for them is there from the start, whatever the configuration says of offload: a
+	// rule may ask for it after a reload, and flows that were adopted before one live on.
+	accelMark uint32
+	log       *zap.Logger
+	net       *dialers.Net
+	table     *flow.Table
 
 	names   *dns.Server
 	handler *flow.Handler
@@ -74,6 +78,7 @@ type contextEnv struct {
 // newContext builds a context. It opens nothing.
 func newContext(cfg *config.Config, name string, slot int, ups *upstreams, env contextEnv) (*liveContext, error) {
 	c := &liveContext{name: name, slot: slot, cfg: cfg.Contexts[name], ups: ups, net: env.net}
+	c.accelMark = policy.AccelMark(uint32(cfg.Kernel.MarkMask))
 	c.log = env.log.With(zap.String("context", name))
 	// First without servers: an upstream that takes no names resolves a server's name through the module that is to ask it.
 	base := buildDNS(cfg, name, ups, plain, env)
@@ -100,7 +105,7 @@ func newContext(cfg *config.Config, name string, slot int, ups *upstreams, env c
 }
 
 func tuning(c config.Context) flow.Tuning {
-	return flow.Tuning{DialTimeout: c.DialTimeout.D(), ICMP: icmpMode(c.ICMP)}
+	return flow.Tuning{DialTimeout: c.DialTimeout.D(), ICMP: icmpMode(c.ICMP), Offload: offloadOf(c.Offload)}
 }
 
 func icmpMode(s string) flow.ICMPMode {
@@ -131,7 +136,11 @@ func (c *liveContext) open(ctx context.Context) (err error) {
 		return fmt.Errorf("context %s: %w", c.name, err)
 	}
 	c.device = dev
-	if c.stack, err = stack.New(stack.Config{Device: dev, Handler: c.handler, Log: c.log}); err != nil {
+	cfg := stack.Config{Device: dev, Handler: c.handler, Log: c.log}
+	if c.cfg.Mode != "gateway" { // flows of other hosts cannot end at a socket of this machine
+		cfg.Offload = &offload.Config{Mark: c.accelMark, TTL: policy.AccelTTL}
+	}
+	if c.stack, err = stack.New(cfg); err != nil {
 		return fmt.Errorf("context %s: netstack: %w", c.name, err)
 	}
 	if err := c.stack.Start(); err != nil {
@@ -204,7 +213,7 @@ func (c *liveContext) spec() policy.ContextSpec {
 		Name: c.name, Mode: policyMode(c.cfg.Mode), Slot: c.slot, MTU: c.cfg.TUN.MTU,
 		Direct: bypassPrefixes(c.cfg.Bypass), Fake: fakePrefixes(c.cfg.DNS.Fake),
 		DNSPort4: c.ports[0], DNSPort6: c.ports[1], DNSOff: c.cfg.DNS.Mode == "off",
-		Cgroups: slices.Clone(c.cgroups), Select: c.who.chosen, Exclude: c.who.excluded, OnStop: onStop(c.cfg.OnStop), OnCrash: onEnd(c.cfg.OnCrash),
+		Cgroups: slices.Clone(c.cgroups), Select: c.who.chosen, Exclude: c.who.excluded, Offload: true, OnStop: onStop(c.cfg.OnStop), OnCrash: onEnd(c.cfg.OnCrash),
 		Strict: c.cfg.Strict,
 	}
 	if c.device != nil && !c.gone {

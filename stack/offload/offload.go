@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+// Package offload adopts TCP flows into the kernel: the connection with the application, which package stack has not answered yet, becomes an
+// established socket of the kernel by TCP_REPAIR, and its bytes are spliced to and from the upstream's socket. They never pass through
+// netstack or this process.
+//
+// adopt.go is the order of things for one flow, syn.go what is read and written for it, pair.go how bytes move, worker.go who moves them. It
+// decides nothing and dials nothing; package stack calls it, and is what a flow falls back to. The kernel's part, how the application's
+// packets find the socket, is in policy/accel.go.
+package offload
+
+import (
+	"errors"
+	"fmt"
+	"runtime"
+	"sync"
+	"sync/atomic"
+)
+
+// Config is what an Engine is built from.
+type Config struct {
+	Mark uint32 // of the sockets towards applications: policy.AccelMark
+	TTL  uint8  // of the SYN-ACK: policy.AccelTTL
+	MTU  int    // of the TUN, in bytes
+}
+
+// maxWorkers bounds the workers of an Engine: above, the memory bus is the limit.
+const maxWorkers = 8
+
+// Engine moves the bytes of all adopted flows of one context.
+type Engine struct {
+	cfg     Config
+	workers []*worker
+	next    atomic.Uint32
+	open    atomic.Int64 // adopted and not closed
+	running sync.WaitGroup
+
+	mu     sync.Mutex
+	closed bool
+	conns  map[*Conn]struct{} // what Close has to end
+}
+
+// New returns an Engine that does nothing until Start.
+func New(cfg Config) (*Engine, error) {
+	if cfg.Mark == 0 || cfg.TTL == 0 || cfg.MTU < 576 {
+		return nil, errors.New("offload: mark, TTL or MTU is missing")
+	}
+	return &Engine{cfg: cfg, conns: map[*Conn]struct{}{}}, nil
+}
+
+// Start starts the workers. It can be called once.
+func (e *Engine) Start() error {
+	for range min(runtime.GOMAXPROCS(0), maxWorkers) {
+		w, err := newWorker()
+		if err != nil {
+			return errors.Join(fmt.Errorf("offload: %w", err), e.Close())
+		}
+		e.workers = append(e.workers, w)
+		e.running.Go(w.run)
+	}
+	return nil
+}
+
+// Open returns how many flows are adopted and not closed.
+func (e *Engine) Open() int { return int(e.open.Load()) }
+
+// Close resets what is left and ends the workers. It is idempotent. Adopt must not be called meanwhile.
+func (e *Engine) Close() error {
+	e.mu.Lock()
+	e.closed = true
+	left := make([]*Conn, 0, len(e.conns))
+	for c := range e.conns {
+		left = append(left, c)
+	}
+	e.mu.Unlock()
+	for _, c := range left {
+		c.abandon()
+	}
+	for _, w := range e.workers {
+		w.stop()
+	}
+	e.running.Wait()
+	return nil
+}
+
+// add registers a connection, unless the Engine is closed.
+func (e *Engine) add(c *Conn) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.closed {
+		return false
+	}
+	e.conns[c] = struct{}{}
+	e.open.Add(1)
+	return true
+}
+
+func (e *Engine) remove(c *Conn) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if _, ok := e.conns[c]; ok {
+		delete(e.conns, c)
+		e.open.Add(-1)
+	}
+}
