@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/mutex-proxy/mutex/flow"
 )
@@ -214,6 +215,9 @@ func readHTTP(in *bufio.Reader) (request, error) {
 	var ok1, ok2 bool
 	r.method, line, ok1 = strings.Cut(line, " ")
 	r.target, r.version, ok2 = strings.Cut(line, " ")
+	if strings.ContainsFunc(r.target, unicode.IsControl) {
+		return r, errMalformed
+	}
 	if !ok1 || !ok2 || !strings.HasPrefix(r.version, "HTTP/1.") || len(r.version) != len("HTTP/1.1") {
 		return r, errMalformed
 	}
@@ -253,5 +257,9 @@ func readLine(in *bufio.Reader, size int) (string, int, error) {
 	if err != nil {
 		return "", size, err
 	}
-	return strings.TrimSuffix(strings.TrimSuffix(string(line), "\n"), "\r"), size, nil
+	text := strings.TrimSuffix(strings.TrimSuffix(string(line), "\n"), "\r")
+	if strings.ContainsAny(text, "\r\x00") { // RFC 9110 section 5.5, RFC 9112 section 2.2: others may take them for the end of something
+		return "", size, errMalformed
+	}
+	return text, size, nil
 }
