@@ -218,7 +218,7 @@ func readHTTP(in *bufio.Reader) (request, error) {
 	if strings.ContainsFunc(r.target, unicode.IsControl) {
 		return r, errMalformed
 	}
-	if !ok1 || !ok2 || !strings.HasPrefix(r.version, "HTTP/1.") || len(r.version) != len("HTTP/1.1") {
+	if !ok1 || !ok2 || r.method == "" || r.target == "" || r.version != "HTTP/1.1" && r.version != "HTTP/1.0" {
 		return r, errMalformed
 	}
 	var fields strings.Builder
