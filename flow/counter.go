@@ -2,7 +2,10 @@
 
 package flow
 
-import "sync/atomic"
+import (
+	"errors"
+	"sync/atomic"
+)
 
 // Counter counts the bytes of one direction of one flow and remembers when it last moved, which is what makes "the longest idle flow" an
 // exact notion. One goroutine adds, any may read. The zero value counts, and remembers no time.
@@ -41,6 +44,18 @@ func (c *Counter) addAt(n uint64, now int64) {
 type Counted interface {
 	SetCounters(read, written *Counter)
 }
+
+// Parker is implemented by an application-side Conn whose WriteTo need not be waited in: most connections are idle most of the time, and a
+// goroutine that waits costs more memory than all else of them.
+type Parker interface {
+	// Park is called once, before the first WriteTo. From then on WriteTo returns ErrParked instead of waiting for the application, and
+	// resume is called, once for each time and once for the start, when WriteTo has something to do: bytes, an end, an error, a deadline.
+	// It is called from any goroutine, with locks held, and must not block.
+	Park(resume func())
+}
+
+// ErrParked is what a parked WriteTo returns: not an end.
+var ErrParked = errors.New("parked")
 
 // WriteError is how WriteTo and ReadFrom say that it was the destination that failed: WriteTo's writer, ReadFrom's own Conn. Any other
 // error is taken as the source's. It matters because bytes still on their way in the other direction are delivered in the first case.

@@ -314,7 +314,7 @@ func (c *ftp) transfer(ctx context.Context, cancel context.CancelCauseFunc, up C
 		return
 	}
 	e.established(0)
-	if err := relay(ctx, app, up, nil, e, c.h.buffers); err != nil {
+	if err := relay(ctx, app, up, nil, e, c.h.buffers, &c.h.crew); err != nil {
 		e.outcome(ResultReset, because(ctx, err))
 	}
 }

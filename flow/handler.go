@@ -62,6 +62,7 @@ type Handler struct {
 	queries chan struct{} // held while a DNS query is being answered
 	held    atomic.Int64  // bytes of datagrams that wait for an association or a name
 	buffers *bufferPool
+	crew    crew // uploads
 	echo    echoCache
 
 	wg     sync.WaitGroup
@@ -195,7 +196,7 @@ func (h *Handler) forward(ctx context.Context, f *Flow, e *entry, d Decision, p 
 		app, up, done = h.watchFTP(ctx, f, d, app, up)
 		defer done()
 	}
-	if err := relay(ctx, app, up, head, e, h.buffers); err != nil {
+	if err := relay(ctx, app, up, head, e, h.buffers, &h.crew); err != nil {
 		e.outcome(ResultReset, because(ctx, err))
 	}
 }
@@ -368,6 +369,7 @@ func (h *Handler) Close() error {
 		c(ErrClosed)
 	}
 	h.wg.Wait()
+	h.crew.close()
 	return nil
 }
 

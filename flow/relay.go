@@ -32,7 +32,11 @@ type relaying struct {
 	app, up Conn
 	e       *entry
 	buffers *bufferPool
+	crew    *crew
 	fast    bool // app moves and counts the bytes itself
+	head    []byte
+
+	uploading sync.WaitGroup
 
 	mu     sync.Mutex
 	timer  *time.Timer // of a half-closed flow
@@ -48,8 +52,10 @@ type relaying struct {
 //
 // Backpressure is the conns' own: a direction reads only what the other side has taken. A flow holds one buffer a direction while it runs,
 // and none at all if app moves the bytes by itself, from and to the socket of up.
-func relay(ctx context.Context, app, up Conn, head []byte, e *entry, buffers *bufferPool) error {
-	r := &relaying{app: app, up: up, e: e, buffers: buffers}
+//
+// The caller's goroutine downloads. The upload has one of the crew's, if app is a Parker only while there is something to send.
+func relay(ctx context.Context, app, up Conn, head []byte, e *entry, buffers *bufferPool, crew *crew) error {
+	r := &relaying{app: app, up: up, e: e, buffers: buffers, crew: crew, head: head}
 	if s, ok := app.(Splicer); ok && len(head) == 0 {
 		if sock, ok := up.(Socket); ok && r.spliced(ctx, s, sock) {
 			return r.close()
@@ -66,23 +72,38 @@ func relay(ctx context.Context, app, up Conn, head []byte, e *entry, buffers *bu
 		defer close(aborted)
 		r.abort(context.Cause(ctx))
 	})
-	var down sync.WaitGroup
-	down.Go(func() { r.direction(up, app, r.download) })
-	r.direction(app, up, func() error { return r.upload(head) })
-	down.Wait()
+	r.uploading.Add(1)
+	r.startUpload()
+	r.direction(up, app, r.download)
+	r.uploading.Wait()
 	if !stop() {
 		<-aborted
 	}
 	return r.close()
 }
 
-// upload moves application → upstream until the application's end of file (nil) or an error.
-func (r *relaying) upload(head []byte) error {
-	if len(head) > 0 {
-		if _, err := r.up.Write(head); err != nil {
+// startUpload has the upload run whenever there is something to send.
+func (r *relaying) startUpload() {
+	run := func() {
+		if r.direction(r.app, r.up, r.upload) {
+			r.uploading.Done()
+		}
+	}
+	if p, ok := r.app.(Parker); ok && r.fast && len(r.head) == 0 {
+		p.Park(func() { r.crew.run(run) })
+		return
+	}
+	r.crew.run(run)
+}
+
+// upload moves application → upstream until the application's end of file (nil), an error, or ErrParked.
+func (r *relaying) upload() error {
+	if len(r.head) > 0 {
+		if _, err := r.up.Write(r.head); err != nil {
 			return &WriteError{err}
 		}
-		r.e.up.Add(uint64(len(head)))
+		r.e.up.Add(uint64(len(r.head)))
+		r.head = nil
 	}
 	if r.fast {
 		_, err := r.app.(io.WriterTo).WriteTo(r.up)
@@ -139,9 +160,14 @@ func (r *relaying) spliced(ctx context.Context, app Splicer, up Socket) bool {
 	return true
 }
 
-// direction runs one direction to its end and passes that end on.
-func (r *relaying) direction(src, dst Conn, move func() error) {
-	r.settle(src, dst, move())
+// direction runs one direction to its end and passes that end on. False if it has been parked before.
+func (r *relaying) direction(src, dst Conn, move func() error) bool {
+	err := move()
+	if errors.Is(err, ErrParked) {
+		return false
+	}
+	r.settle(src, dst, err)
+	return true
 }
 
 // settle passes the end of a direction on.

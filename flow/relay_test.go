@@ -91,6 +91,14 @@ func tcpPair(t *testing.T) (a, b sockConn) {
 	return sockConn{x.(*net.TCPConn)}, sockConn{y.(*net.TCPConn)}
 }
 
+// newStaff returns a crew that is closed when the test ends.
+func newStaff(t *testing.T) *crew {
+	t.Helper()
+	c := &crew{}
+	t.Cleanup(c.close)
+	return c
+}
+
 // relayRig is a relay between two real connections; app and up are the far ends.
 type relayRig struct {
 	app, up sockConn
@@ -111,7 +119,8 @@ func startRelay(t *testing.T, wrap func(Conn) Conn) *relayRig {
 	r.cancel = cancel
 	t.Cleanup(func() { cancel(nil) })
 	pool := newBufferPool()
-	go func() { r.err <- relay(ctx, wrap(appIn), upIn, nil, r.e, pool) }()
+	staff := newStaff(t)
+	go func() { r.err <- relay(ctx, wrap(appIn), upIn, nil, r.e, pool, staff) }()
 	return r
 }
 
@@ -330,7 +339,8 @@ func memRelay(t *testing.T, head string) (app, up *memConn, e *entry, result cha
 	up, upIn := memPipe()
 	e = mustAdd(t, NewTable(TableConfig{}), func(error) {})
 	result = make(chan error, 1)
-	go func() { result <- relay(t.Context(), appIn, upIn, []byte(head), e, newBufferPool()) }()
+	staff := newStaff(t)
+	go func() { result <- relay(t.Context(), appIn, upIn, []byte(head), e, newBufferPool(), staff) }()
 	return app, up, e, result
 }
 

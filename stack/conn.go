@@ -36,6 +36,7 @@ type conn struct {
 
 	read, write side
 	up, down    *flow.Counter // of WriteTo and ReadFrom; may be nil
+	out         *upload       // what WriteTo writes to; made by its first call, used by one at a time
 	closed      atomic.Bool
 }
 
@@ -44,6 +45,7 @@ var (
 	_ io.WriterTo   = (*conn)(nil)
 	_ io.ReaderFrom = (*conn)(nil)
 	_ flow.Counted  = (*conn)(nil)
+	_ flow.Parker   = (*conn)(nil)
 )
 
 // side is one direction: who waits for it, and until when.
@@ -51,6 +53,9 @@ type side struct {
 	busy sync.Mutex           // held by the one caller at a time
 	wake chan struct{}        // capacity 1: the endpoint may be ready, the deadline changed or passed, or the connection was closed
 	peer atomic.Pointer[peer] // what WriteTo or ReadFrom may be blocked on instead
+
+	resume func()      // called instead of waking; nil = nobody parks. Set before the first use
+	parked atomic.Bool // resume is due with the next wake-up
 
 	mu       sync.Mutex
 	deadline time.Time
@@ -118,6 +123,10 @@ func (c *conn) broken(s *side) bool {
 }
 
 func (s *side) poke() {
+	if s.parked.CompareAndSwap(true, false) {
+		s.resume()
+		return
+	}
 	select {
 	case s.wake <- struct{}{}:
 	default:

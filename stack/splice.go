@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/waiter"
 
 	"github.com/mutex-proxy/mutex/flow"
 )
@@ -40,14 +41,12 @@ func (p *peer) interrupt() {
 	}
 }
 
-// attach makes resets and Close interrupt the far side, until the returned function is called.
-func (c *conn) attach(s *side, set func(time.Time) error) func() {
-	p := &peer{setDeadline: set}
+// attach makes resets and Close interrupt the far side, until nil is stored again.
+func (c *conn) attach(s *side, p *peer) {
 	s.peer.Store(p)
 	if c.closed.Load() || c.broken(s) {
 		p.interrupt() // it happened before Store
 	}
-	return func() { s.peer.Store(nil) }
 }
 
 // farError says whose fault it is that op on the far side failed: an interruption is the application's.
@@ -82,32 +81,89 @@ type empty struct{}
 func (*empty) Read([]byte) (int, error) { return 0, io.EOF }
 func (*empty) Len() int                 { return 0 }
 
+// Park makes WriteTo return flow.ErrParked instead of waiting for the application (flow.Parker).
+func (c *conn) Park(resume func()) {
+	c.read.resume = resume
+	if !c.park() {
+		resume()
+	}
+}
+
+// park has resume called when there is something for WriteTo to do; false if there is already.
+func (c *conn) park() bool {
+	c.read.parked.Store(true)
+	// What happened before the Store has woken nobody.
+	const any = waiter.ReadableEvents | waiter.EventHUp | waiter.EventErr
+	if c.check(&c.read) == nil && c.ep.Readiness(any) == 0 {
+		return true
+	}
+	return !c.read.parked.CompareAndSwap(true, false) // else resume has been called
+}
+
+// pause waits until there may be something to read; flow.ErrParked if the caller is to come back for it.
+func (c *conn) pause() error {
+	if c.read.resume == nil {
+		return c.await(&c.read)
+	}
+	if err := c.check(&c.read); err != nil {
+		return err
+	}
+	if c.park() {
+		return flow.ErrParked
+	}
+	return nil
+}
+
+// upload is the far side of WriteTo, kept from one call to the next: a parked connection is resumed without allocating.
+type upload struct {
+	w    io.Writer
+	peer *peer
+	raw  syscall.RawConn // nil if w is no socket
+	sock socketWriter
+	step func(uintptr) bool
+}
+
+func (c *conn) uploadTo(w io.Writer) *upload {
+	u := &upload{w: w, sock: socketWriter{c: c}}
+	if d, ok := w.(interface{ SetWriteDeadline(time.Time) error }); ok {
+		u.peer = &peer{setDeadline: d.SetWriteDeadline}
+	}
+	if sc, ok := w.(syscall.Conn); ok {
+		if raw, err := sc.SyscallConn(); err == nil {
+			u.raw = raw
+		}
+	}
+	u.step = u.sock.step
+	return u
+}
+
 // WriteTo sends what the application sends to w until its FIN, and then returns nil; w is left open. Errors are *net.OpError: "write" if w
 // failed, "read" if the application's side did. If w is a syscall.Conn (a socket), it must not be written to by others meanwhile.
 func (c *conn) WriteTo(w io.Writer) (int64, error) {
 	c.read.busy.Lock()
 	defer c.read.busy.Unlock()
-	if d, ok := w.(interface{ SetWriteDeadline(time.Time) error }); ok {
-		defer c.attach(&c.read, d.SetWriteDeadline)()
+	if c.out == nil || c.out.w != w {
+		c.out = c.uploadTo(w)
 	}
-	if sc, ok := w.(syscall.Conn); ok {
-		if raw, err := sc.SyscallConn(); err == nil {
-			return c.writeToSocket(raw)
-		}
+	if c.out.peer != nil {
+		c.attach(&c.read, c.out.peer)
+		defer c.read.peer.Store(nil)
+	}
+	if c.out.raw != nil {
+		return c.writeToSocket(c.out)
 	}
 	return c.copyTo(w)
 }
 
-func (c *conn) writeToSocket(raw syscall.RawConn) (int64, error) {
-	s := &socketWriter{c: c}
-	step := s.step // one closure for all rounds
+func (c *conn) writeToSocket(u *upload) (int64, error) {
+	s := &u.sock
 	var total int64
 	for {
 		if err := c.check(&c.read); err != nil {
 			return total, c.opError("read", err)
 		}
 		s.moved, s.err = 0, nil
-		err := raw.Write(step)
+		err := u.raw.Write(u.step)
 		if s.moved > 0 {
 			total += int64(s.moved)
 			count(c.up, s.moved)
@@ -119,8 +175,8 @@ func (c *conn) writeToSocket(raw syscall.RawConn) (int64, error) {
 		case s.err == nil:
 		case errors.Is(s.err, errWouldBlock):
 			// Only now: a FIN behind the data may have used up its wake-up long ago.
-			if err := c.await(&c.read); err != nil {
-				return total, c.opError("read", err)
+			if err := c.pause(); err != nil {
+				return total, c.readOpError(err)
 			}
 		case errors.Is(s.err, io.EOF):
 			return total, nil
@@ -128,6 +184,14 @@ func (c *conn) writeToSocket(raw syscall.RawConn) (int64, error) {
 			return total, s.err
 		}
 	}
+}
+
+// readOpError is opError for a wait, which may have been left.
+func (c *conn) readOpError(err error) error {
+	if errors.Is(err, flow.ErrParked) {
+		return err
+	}
+	return c.opError("read", err)
 }
 
 // socketWriter moves bytes from the endpoint to a socket.
@@ -199,8 +263,8 @@ func (c *conn) copyTo(w io.Writer) (int64, error) {
 		switch {
 		case err == nil:
 		case errors.Is(err, errWouldBlock):
-			if err := c.await(&c.read); err != nil {
-				return total, c.opError("read", err)
+			if err := c.pause(); err != nil {
+				return total, c.readOpError(err)
 			}
 		case errors.Is(err, io.EOF):
 			return total, nil
@@ -216,7 +280,8 @@ func (c *conn) ReadFrom(r io.Reader) (int64, error) {
 	c.write.busy.Lock()
 	defer c.write.busy.Unlock()
 	if d, ok := r.(interface{ SetReadDeadline(time.Time) error }); ok {
-		defer c.attach(&c.write, d.SetReadDeadline)()
+		c.attach(&c.write, &peer{setDeadline: d.SetReadDeadline})
+		defer c.write.peer.Store(nil)
 	}
 	if sc, ok := r.(syscall.Conn); ok {
 		if raw, err := sc.SyscallConn(); err == nil {
