@@ -4,23 +4,29 @@ package daemon
 
 import (
 	"context"
+	"os"
+	"runtime"
 	"runtime/debug"
 	"runtime/metrics"
+	"strconv"
+	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // The runtime gives memory back only after a collection, and collects only when something is allocated: after a burst of connections, the
 // daemon would keep what they took for minutes, doing nothing. So a collection is made when a burst is over.
 const (
 	// memoryLook is how often the amount of allocations is looked at. A burst is over when in one such time almost nothing was allocated.
-	memoryLook = 5 * time.Second
+	memoryLook = time.Second
 	// memoryQuiet is "almost nothing" in bytes: 200 connections' worth.
 	memoryQuiet = 2 << 20
 	// memoryWorth is how many bytes must have been allocated since the last time for a collection, a few milliseconds of CPU, to be worth it;
 	// or a quarter of what is alive, whose marking is what a collection costs.
 	memoryWorth = 16 << 20
-	// memoryAgain is after how many looks a collection is repeated: the first only ages what sync.Pools hold, and connections linger.
-	memoryAgain = 3
+	// memoryAgain is after how many looks a collection is repeated: connections linger.
+	memoryAgain = 15
 )
 
 // memoryKeeper decides when to give memory back.
@@ -53,6 +59,7 @@ func keepMemory(ctx context.Context) {
 	tick := time.NewTicker(memoryLook)
 	defer tick.Stop()
 	var k memoryKeeper
+	giveBack() // what only the start needed
 	for {
 		select {
 		case <-ctx.Done():
@@ -61,7 +68,47 @@ func keepMemory(ctx context.Context) {
 		}
 		metrics.Read(samples)
 		if k.due(samples[0].Value.Uint64(), samples[1].Value.Uint64()) {
-			debug.FreeOSMemory()
+			giveBack()
 		}
 	}
+}
+
+// giveBack gives back what is free, and the program's own pages: of 16 MB of code and tables that a start touches, an idle daemon uses a
+// few. Those come back from the page cache, 64 KiB at a time and without I/O.
+func giveBack() {
+	runtime.GC() // twice: each halves stacks that have become too large, and only the second frees what sync.Pools hold
+	debug.FreeOSMemory()
+	maps, err := os.ReadFile("/proc/self/maps")
+	if err != nil {
+		return
+	}
+	exe, err := os.Readlink("/proc/self/exe")
+	if err != nil {
+		return
+	}
+	for _, m := range programMaps(string(maps), exe) {
+		// Private and never written to: read again from the file when they are used. That it fails costs nothing but memory.
+		_, _, _ = unix.Syscall(unix.SYS_MADVISE, m.start, m.end-m.start, unix.MADV_DONTNEED)
+	}
+}
+
+// mapping is a range of addresses.
+type mapping struct{ start, end uintptr }
+
+// programMaps finds the mappings of exe in /proc/self/maps (proc_pid_maps(5)) that are private and cannot be written to.
+func programMaps(maps, exe string) []mapping {
+	var out []mapping
+	for line := range strings.Lines(maps) {
+		f := strings.Fields(line)
+		if len(f) < 6 || !strings.HasSuffix(strings.TrimSuffix(line, "\n"), " "+exe) || len(f[1]) != 4 || f[1][1] != '-' || f[1][3] != 'p' {
+			continue
+		}
+		from, to, _ := strings.Cut(f[0], "-")
+		start, err1 := strconv.ParseUint(from, 16, 64)
+		end, err2 := strconv.ParseUint(to, 16, 64)
+		if err1 == nil && err2 == nil && start < end {
+			out = append(out, mapping{uintptr(start), uintptr(end)})
+		}
+	}
+	return out
 }
