@@ -254,6 +254,11 @@ func (p *Pool) dial(ctx context.Context, key uint64, open func(context.Context, 
 		begin := p.cfg.Now()
 		c, err := open(ctx, p.via[i])
 		p.note(ctx, byTCP, i, err)
+		if err != nil && errors.Is(context.Cause(ctx), errLost) && p.cfg.Now().Sub(begin) >= minStagger {
+			// Another member that began later has answered: without this, one that hangs would be asked, and waited for, for ever.
+			c := &p.members[i].conditions[byTCP]
+			p.punish(p.members[i], byTCP, c.faults.Add(1), fmt.Errorf("%w: silent while another member answered", flow.ErrTimeout))
+		}
 		if err == nil && p.cfg.HedgePercentile > 0 {
 			p.members[i].times.add(p.cfg.Now().Sub(begin))
 		}
@@ -391,7 +396,7 @@ func (p *poolState) note(ctx context.Context, by carriage, i int, err error) {
 	case errors.Is(err, errOff), errors.Is(err, errFull):
 		return // not its fault
 	case err != nil && errors.Is(ctx.Err(), context.Canceled):
-		return // the application gave up, or another member was faster
+		return // the application gave up, or another member was faster: see dial
 	case errors.Is(err, flow.ErrUpstream):
 		faults = c.faults.Add(2)
 	case errors.Is(err, flow.ErrTimeout) || err != nil && timedOut(err):

@@ -399,3 +399,29 @@ func TestCapability(t *testing.T) {
 	c.cannot()
 	check(false, no)
 }
+
+// TestPoolNoticesHanging: a member that hangs is set aside without active checks too, though each flow is saved by another member. One that is
+// merely slower than a hedge is not.
+func TestPoolNoticesHanging(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		first func(context.Context, flow.Addr) error
+		cfg   PoolConfig
+		asked int // of 20 flows
+	}{
+		{"hangs", hangs, PoolConfig{}, 2 * defaultFailures},
+		{"slower than the hedge", after(200*time.Millisecond, nil), PoolConfig{Hedge: 50 * time.Millisecond}, 20},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				m := members(2)
+				m[0].dial = tt.first
+				dials(t, pool(t, Failover, tt.cfg, m...), 20)
+				synctest.Wait()
+				if got := len(m[0].log()); got != tt.asked {
+					t.Errorf("asked %d times, want %d", got, tt.asked)
+				}
+			})
+		})
+	}
+}
