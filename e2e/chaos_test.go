@@ -43,12 +43,15 @@ func startLoad(l *lab.Lab) *load {
 	g.wg.Go(func() {
 		tick := time.NewTicker(time.Second / chaosRate)
 		defer tick.Stop()
+		begin, begun := time.Now(), 0
 		for {
 			select {
 			case <-g.stop:
 				return
 			case <-tick.C:
-				g.wg.Go(g.one)
+				for due := int(time.Since(begin).Seconds() * chaosRate); begun < due; begun++ { // a busy machine skips ticks
+					g.wg.Go(g.one)
+				}
 			}
 		}
 	})
