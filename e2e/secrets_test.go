@@ -6,6 +6,7 @@ import (
 	"encoding/base64"
 	"fmt"
 	"io"
+	"maps"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -119,9 +120,7 @@ func TestSecrets(t *testing.T) {
 	out["command line"] = string(cmdline)
 	m.Stop()
 	out["log of the daemon"], out["log of serve"] = m.Log.String(), own.Log.String()
-	for path, text := range stateFiles(t, m) {
-		out[path] = text
-	}
+	maps.Copy(out, stateFiles(t, m))
 	checkSecrets(t, out)
 }
 
