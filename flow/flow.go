@@ -336,4 +336,6 @@ type Names interface {
 // Owner finds the process that owns a socket of this machine.
 type Owner interface {
 	Lookup(network Network, src, dst netip.AddrPort) (App, error)
+	// Fast reports whether Lookup takes microseconds. If not, it is called only when a rule needs the answer.
+	Fast() bool
 }

@@ -324,7 +324,7 @@ func (h *Handler) decide(f *Flow, e *entry) Decision {
 
 // ask is one look at the rules. It changes f.App only.
 func (h *Handler) ask(rules *ruleSet, f *Flow) Decision {
-	if h.cfg.Owner != nil && f.App.Method == "" && rules.Needs(f)&NeedApp != 0 {
+	if h.cfg.Owner != nil && f.App.Method == "" && (rules.Needs(f)&NeedApp != 0 || h.cfg.Owner.Fast()) {
 		if app, err := h.cfg.Owner.Lookup(f.Network, f.Src, f.Orig); err == nil {
 			f.App = app
 		} // else unknown: rules that name an application do not match

@@ -215,6 +215,8 @@ func TestTCPFakeIP(t *testing.T) {
 // owner counts look-ups.
 type owner struct{ n atomic.Int32 }
 
+func (o *owner) Fast() bool { return false }
+
 func (o *owner) Lookup(Network, netip.AddrPort, netip.AddrPort) (App, error) {
 	o.n.Add(1)
 	return App{PID: 7, Method: "test"}, nil

@@ -90,6 +90,7 @@ func (h *LinuxHost) ApplyBPF(dir string, sel *Selection, old []string) (restored
 		return 0, err
 	}
 	h.bpf = n
+	h.publishOwnersLocked()
 	return restored, nil
 }
 
@@ -192,6 +193,9 @@ func (h *LinuxHost) replaceLocked(dir string, sel *Selection, old []string) (_ *
 		return nil, err
 	}
 	if err := s.attachHooks(programs); err != nil {
+		return nil, err
+	}
+	if err := h.carryOwners(s); err != nil {
 		return nil, err
 	}
 	if prev := h.bpf; prev != nil {
@@ -348,6 +352,7 @@ func (h *LinuxHost) closeBPF() {
 	closeQuietly(s.maps)
 	closeQuietly(s.ident)
 	h.bpf = nil
+	h.publishOwnersLocked()
 }
 
 // RemoveBPF implements Host.

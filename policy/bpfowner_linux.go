@@ -18,10 +18,11 @@ type ownerRecord struct {
 	UID, GID uint32 // effective
 	Cgroup   uint64 // id
 	Start    uint64 // of the process, in nanoseconds since boot: with it, the PID is nobody else's
+	Exe      fileID // its executable
 }
 
-// sizeofOwner: tgid, euid, egid, 4 bytes of nothing, cgroup id, start time.
-const sizeofOwner = 32
+// sizeofOwner: tgid, euid, egid, 4 bytes of nothing, cgroup id, start time, device and inode of the executable.
+const sizeofOwner = 48
 
 func parseOwner(b []byte) (ownerRecord, bool) {
 	if len(b) < sizeofOwner {
@@ -30,7 +31,20 @@ func parseOwner(b []byte) (ownerRecord, bool) {
 	le := binary.NativeEndian
 	return ownerRecord{
 		PID: le.Uint32(b), UID: le.Uint32(b[4:]), GID: le.Uint32(b[8:]), Cgroup: le.Uint64(b[16:]), Start: le.Uint64(b[24:]),
+		Exe: fileID{le.Uint64(b[32:]), le.Uint64(b[40:])},
 	}, true
+}
+
+func (o ownerRecord) bytes() []byte {
+	ne := binary.NativeEndian
+	b := make([]byte, 16, sizeofOwner)
+	ne.PutUint32(b, o.PID)
+	ne.PutUint32(b[4:], o.UID)
+	ne.PutUint32(b[8:], o.GID)
+	for _, v := range []uint64{o.Cgroup, o.Start, o.Exe.Dev, o.Exe.Inode} {
+		b = ne.AppendUint64(b, v)
+	}
+	return b
 }
 
 // writeOwner writes down who uses the socket. R6 is the hook's context, R7 the current task.
@@ -47,6 +61,10 @@ func (b *selectionBits) writeOwner(a *assembler, m *bpfMaps) {
 	a.read(stOwner+8, 4, asm.R8, a.off["cred.egid"])
 	a.follow(asm.R8, asm.R7, "task_struct.group_leader", stTmp)
 	a.read(stOwner+24, 8, asm.R8, a.off["task_struct.start_boottime"])
+	a.follow(asm.R8, asm.R7, "task_struct.mm", stTmp)
+	a.follow(asm.R8, asm.R8, "mm_struct.exe_file", stTmp)
+	a.follow(asm.R8, asm.R8, "file.f_inode", stTmp)
+	a.identity(asm.R8, stOwner+32)
 	a.emit(
 		asm.Mov.Reg(asm.R1, asm.R6),
 		asm.FnGetSocketCookie.Call(),

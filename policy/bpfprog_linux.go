@@ -127,7 +127,7 @@ const (
 	stTmp   = -16
 	stTmp2  = -24
 	stCred  = -32 // euid, egid
-	stOwner = -72 // an owner record of 40 bytes
+	stOwner = -80 // an owner record
 )
 
 // decision is the program of a hook: who makes or uses this socket, what the rules say, and the mark.

@@ -90,7 +90,8 @@ func (h *helper) way(name, want, format string, args ...any) way {
 
 // helperMain obeys `udp|tcp|ping ADDR PORT MARK DEVICE` (0 and - for none), `keep ADDR PORT` (a TCP connection that stays), `write` (into
 // it), `listen PORT`, `user UID GID` (for good), `orphan [EXE]` (a child of its own session takes over), `child [EXE]` (the same, in its own
-// session), `open` (a UDP socket that stays), `again ADDR PORT` (through it), `mark` (that a new socket gets).
+// session), `open` (a UDP socket that stays), `again ADDR PORT` (through it), `mark` (that a new socket gets),
+// `dial tcp4|tcp6|tcpm|udp4|udp6|udpm ADDR` (port 7400; m: mapped; says where from).
 func helperMain() {
 	var kept net.Conn
 	var ls []net.Listener
@@ -123,6 +124,8 @@ func helperMain() {
 			kept, err = net.Dial("tcp", net.JoinHostPort(f[1], f[2]))
 		case "orphan", "child":
 			takeOver(f[0] == "orphan", f[1])
+		case "dial":
+			err = errors.New(dialed(f[1], netip.MustParseAddr(f[2])))
 		case "open":
 			open, err = unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 		case "again":

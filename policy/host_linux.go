@@ -33,8 +33,9 @@ type LinuxHost struct {
 	nft  *nftConn
 	diag *process.Diag
 
-	bpfMu sync.Mutex // guards what follows
-	bpf   *bpfState  // nil = no programs of ours
+	bpfMu  sync.Mutex // guards what follows
+	bpf    *bpfState  // nil = no programs of ours
+	owners *Owners    // nil = nobody asks
 }
 
 var _ Host = (*LinuxHost)(nil)

@@ -135,7 +135,7 @@ func (s *Selection) keys() []string {
 // markingLocked fills in how selected processes are told apart.
 func (m *Manager) markingLocked(s *Stats) {
 	switch {
-	case m.closed || !m.spec.wantsBPF():
+	case m.closed || !(Spec{Contexts: m.spec.Contexts}).wantsBPF():
 	case m.selected != nil:
 		s.Marking = MarkingBPF
 		s.Select, _ = m.host.SelectState() // zero when it cannot be read

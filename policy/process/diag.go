@@ -47,6 +47,7 @@ type Socket struct {
 	UID    uint32
 	Inode  uint32 // 0: the kernel's own, or closed and only finishing
 	Mark   uint32
+	Cookie uint64
 	family uint8
 	id     [sizeofID]byte
 }
@@ -125,6 +126,7 @@ func parse(b []byte, proto uint8) (Socket, bool) {
 		UID: binary.NativeEndian.Uint32(b[64:]), Inode: binary.NativeEndian.Uint32(b[68:]),
 	}
 	copy(s.id[:], b[idOffset:])
+	s.Cookie = binary.NativeEndian.Uint64(s.id[cookieOffset:])
 	addr := func(b []byte) netip.Addr {
 		if s.family == unix.AF_INET {
 			return netip.AddrFrom4([4]byte(b[:4]))

@@ -135,3 +135,23 @@ func FuzzDiag(f *testing.F) {
 		}
 	})
 }
+
+func FuzzFound(f *testing.F) {
+	good := make([]byte, nlmsgHeader+sizeofMessage+12)
+	binary.NativeEndian.PutUint32(good, uint32(len(good)))
+	binary.NativeEndian.PutUint16(good[4:], sockDiagByFamily)
+	binary.NativeEndian.PutUint16(good[nlmsgHeader+sizeofMessage:], 12)
+	binary.NativeEndian.PutUint16(good[nlmsgHeader+sizeofMessage+2:], attrCgroupID)
+	binary.NativeEndian.PutUint64(good[nlmsgHeader+sizeofMessage+4:], 77)
+	f.Add(good)
+	f.Add(good[:nlmsgHeader+4])
+	f.Add([]byte{})
+	if got, err := parseFound(good); err != nil || got.Cgroup != 77 {
+		f.Fatalf("%+v, %v", got, err)
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if got, err := parseFound(b); err != nil && got != (Found{}) {
+			t.Fatalf("%+v with %v", got, err)
+		}
+	})
+}

@@ -69,6 +69,7 @@ type liveContext struct {
 // contextEnv is what contexts share.
 type contextEnv struct {
 	net      *dialers.Net
+	owner    flow.Owner
 	ids      *atomic.Uint64
 	recorder flow.Recorder
 	stateDir string
@@ -96,7 +97,7 @@ func newContext(cfg *config.Config, name string, slot int, ups *upstreams, env c
 		Context: name, MaxFlows: c.cfg.Limits.Flows, IDs: env.ids, Log: c.log, Recorder: env.recorder,
 	})
 	c.handler = flow.NewHandler(flow.HandlerConfig{
-		Context: name, Table: c.table, Names: c.names, Tuning: tuning(c.cfg), Log: c.log,
+		Context: name, Table: c.table, Names: c.names, Owner: env.owner, Tuning: tuning(c.cfg), Log: c.log,
 	})
 	ch.commitDNS()
 	c.views = ch.views

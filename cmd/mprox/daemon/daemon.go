@@ -57,6 +57,7 @@ type Daemon struct {
 	server  *control.Server
 
 	host      *policy.LinuxHost
+	owners    *policy.Owners
 	manager   *policy.Manager
 	life      context.Context //nolint:containedctx // the daemon's own, for what outlives the call that began it
 	stop      context.CancelFunc
@@ -125,6 +126,9 @@ func (d *Daemon) start(ctx context.Context) error {
 		return err
 	}
 	if d.host, err = policy.NewLinuxHost(); err != nil {
+		return err
+	}
+	if d.owners, err = policy.NewOwners(d.host); err != nil {
 		return err
 	}
 	d.manager = policy.NewManager(policy.Config{Host: d.host, Log: d.log, Marking: policy.Marking(d.cfg.Kernel.Marking)})
@@ -203,6 +207,9 @@ func (d *Daemon) shutdown(mode policy.StopMode) error {
 	for _, c := range d.live() {
 		c.close()
 	}
+	if d.owners != nil {
+		errs = append(errs, d.owners.Close())
+	}
 	if d.host != nil {
 		errs = append(errs, d.host.Close())
 	}
@@ -219,7 +226,7 @@ func (d *Daemon) StopClosed() {
 }
 
 func (d *Daemon) contextEnv(stateDir string) contextEnv {
-	return contextEnv{net: d.net, ids: &d.ids, recorder: d.metrics, stateDir: stateDir, log: d.log}
+	return contextEnv{net: d.net, owner: owner{d.owners}, ids: &d.ids, recorder: d.metrics, stateDir: stateDir, log: d.log}
 }
 
 // enabled lists the contexts that capture anything, in a fixed order: their position is their slot, and with it mark and table.
@@ -249,6 +256,8 @@ func (d *Daemon) spec() policy.Spec {
 	s := policy.Spec{
 		Instance: policy.InstanceFor(d.opt.Socket), Mask: uint32(k.MarkMask), TableBase: int(k.TableBase), RulePriority: int(k.RulePriority),
 	}
+	// One command of `mprox run` has no need of it, and no time for it at its start.
+	s.Owners = !s.Instance.Run
 	for _, c := range d.live() {
 		s.Contexts = append(s.Contexts, c.spec())
 	}

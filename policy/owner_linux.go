@@ -1,0 +1,307 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package policy
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+
+	"github.com/mutex-proxy/mutex/policy/process"
+)
+
+// The ways in which an owner is found, from the surest to the slowest.
+const (
+	OwnerBPF    = "bpf"    // who has made or connected the socket last, as a program has seen it
+	OwnerProc   = "proc"   // who has the socket open, by a look at all processes
+	OwnerCgroup = "cgroup" // nobody has it open: its user, and the cgroup it was made in
+)
+
+const (
+	// maxOwnerCache bounds the paths of executables and cgroups that are remembered.
+	maxOwnerCache = 4096
+	// nanosPerTick is how /proc counts: USER_HZ is 100 wherever Linux has BTF.
+	nanosPerTick = 10_000_000
+)
+
+// Owner is whose a socket is.
+type Owner struct {
+	PID      int // 0 = not known
+	UID, GID uint32
+	Exe      string
+	Cgroup   string
+	Method   string
+}
+
+// Owners finds whose sockets of a network namespace are. Safe for concurrent use.
+type Owners struct {
+	h       *LinuxHost
+	exact   *process.Exact
+	records atomic.Pointer[ebpf.Map] // nil = no programs write them down
+	mu      sync.Mutex               // guards what follows
+	exes    map[exeKey]string
+	byFile  map[fileID]string // the last path of an executable, for processes that have ended
+	cgroups map[uint64]string // ids are never used again
+}
+
+type exeKey struct {
+	pid   uint32
+	start uint64
+	file  fileID
+}
+
+// NewOwners opens what Lookup needs.
+func NewOwners(h *LinuxHost) (*Owners, error) {
+	o := &Owners{h: h, exes: map[exeKey]string{}, byFile: map[fileID]string{}, cgroups: map[uint64]string{}}
+	err := h.inside(func() (err error) {
+		o.exact, err = process.NewExact()
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	h.bpfMu.Lock()
+	defer h.bpfMu.Unlock()
+	h.owners = o
+	h.publishOwnersLocked()
+	return o, nil
+}
+
+// publishOwnersLocked tells Owners which map is in force.
+func (h *LinuxHost) publishOwnersLocked() {
+	if h.owners == nil {
+		return
+	}
+	var m *ebpf.Map
+	if h.bpf != nil && h.bpf.bits.owners {
+		m, _ = h.bpf.maps.owners.Clone() // nil: what is not known is looked up in /proc
+	}
+	if old := h.owners.records.Swap(m); old != nil {
+		closeQuietly(old)
+	}
+}
+
+// Fast reports whether owners are written down, so that looking one up costs microseconds: else it can take a look at all processes.
+func (o *Owners) Fast() bool { return o.records.Load() != nil }
+
+// Close closes the descriptors. It is idempotent.
+func (o *Owners) Close() error {
+	if m := o.records.Swap(nil); m != nil {
+		closeQuietly(m)
+	}
+	return o.exact.Close()
+}
+
+// Lookup finds who sends from src to dst. proto is unix.IPPROTO_TCP or UDP. os.ErrNotExist if there is no such socket.
+func (o *Owners) Lookup(proto uint8, src, dst netip.AddrPort) (Owner, error) {
+	f, err := o.exact.Socket(proto, src, dst)
+	if err != nil {
+		return Owner{}, err
+	}
+	if r, ok := o.record(f.Cookie); ok {
+		return o.describe(r), nil
+	}
+	out := Owner{UID: f.UID, Cgroup: o.cgroup(f.Cgroup), Method: OwnerCgroup}
+	if f.Inode == 0 {
+		return out, nil
+	}
+	holders, err := process.Holders(context.Background(), map[uint32]bool{f.Inode: true})
+	if err != nil {
+		return out, nil //nolint:nilerr // what is known is known
+	}
+	for pid := range holders {
+		if out.PID != 0 && pid >= out.PID {
+			continue // the eldest of those that share it
+		}
+		facts, err := o.h.Process(pid)
+		if err != nil {
+			continue
+		}
+		out = Owner{PID: pid, UID: facts.UID, GID: facts.GID, Exe: facts.Exe, Cgroup: facts.Cgroup, Method: OwnerProc}
+	}
+	return out, nil
+}
+
+// record reads what a program has written down.
+func (o *Owners) record(cookie uint64) (ownerRecord, bool) {
+	m := o.records.Load()
+	if m == nil {
+		return ownerRecord{}, false
+	}
+	var b [sizeofOwner]byte
+	if err := m.Lookup(cookie, b[:]); err != nil {
+		return ownerRecord{}, false
+	}
+	return parseOwner(b[:])
+}
+
+func (o *Owners) describe(r ownerRecord) Owner {
+	out := Owner{PID: int(r.PID), UID: r.UID, GID: r.GID, Method: OwnerBPF}
+	key := exeKey{r.PID, r.Start, r.Exe}
+	o.mu.Lock()
+	exe, ok := o.exes[key]
+	cgroup, known := o.cgroups[r.Cgroup]
+	o.mu.Unlock()
+	if !ok {
+		exe = o.exe(key)
+	}
+	if !known {
+		cgroup = o.cgroup(r.Cgroup)
+	}
+	out.Exe, out.Cgroup = exe, cgroup
+	return out
+}
+
+// exe is the path of a process's executable, or, when it has ended, the last that the same file had.
+func (o *Owners) exe(k exeKey) string {
+	var out string
+	link := fmt.Sprintf("/proc/%d/exe", k.pid)
+	if _, start, err := process.Stat(int(k.pid)); err == nil && start == k.start/nanosPerTick {
+		if s, err := os.Readlink(link); err == nil {
+			out = strings.TrimSuffix(s, " (deleted)")
+		}
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if out == "" {
+		return o.byFile[k.file]
+	}
+	if len(o.exes) >= maxOwnerCache {
+		clear(o.exes)
+	}
+	if len(o.byFile) >= maxOwnerCache {
+		clear(o.byFile)
+	}
+	o.exes[k], o.byFile[k.file] = out, out
+	return out
+}
+
+// cgroup is the path of a cgroup, "" when it is gone.
+func (o *Owners) cgroup(id uint64) string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if p, ok := o.cgroups[id]; ok || id == 0 {
+		return p
+	}
+	p := cgroupPath(id)
+	if p == "" {
+		return ""
+	}
+	if len(o.cgroups) >= maxOwnerCache {
+		clear(o.cgroups)
+	}
+	o.cgroups[id] = p
+	return p
+}
+
+// cgroupPath opens a cgroup by its id.
+func cgroupPath(id uint64) string {
+	mount, root, err := process.Cgroup2Mount()
+	if err != nil {
+		return ""
+	}
+	dir, err := unix.Open(mount, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return ""
+	}
+	defer closeFD(dir)
+	const fileidKernfs = 0xfe // FILEID_KERNFS
+	h := unix.NewFileHandle(fileidKernfs, binary.NativeEndian.AppendUint64(nil, id))
+	fd, err := unix.OpenByHandleAt(dir, h, unix.O_PATH|unix.O_CLOEXEC)
+	if err != nil {
+		return ""
+	}
+	defer closeFD(fd)
+	p, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd))
+	rest, ok := strings.CutPrefix(p, mount)
+	if err != nil || !ok || strings.HasSuffix(p, " (deleted)") {
+		return ""
+	}
+	if rest == "" {
+		return root
+	}
+	return strings.TrimSuffix(root, "/") + rest
+}
+
+// seedOwners writes down whose the sockets are that are older than the programs: one dump, one look at all processes.
+func (h *LinuxHost) seedOwners(s *bpfState) error {
+	if !s.bits.owners {
+		return nil
+	}
+	cookies, inodes := map[uint32]uint64{}, map[uint32]bool{}
+	for _, proto := range []uint8{unix.IPPROTO_TCP, unix.IPPROTO_UDP} {
+		socks, err := h.diag.Dump(proto, process.AllStates)
+		if err != nil {
+			return err
+		}
+		for _, x := range socks {
+			if x.Inode != 0 {
+				cookies[x.Inode], inodes[x.Inode] = x.Cookie, true
+			}
+		}
+	}
+	if len(inodes) == 0 {
+		return nil
+	}
+	holders, err := process.Holders(context.Background(), inodes)
+	if err != nil {
+		return err
+	}
+	for pid, list := range holders {
+		r, ok := s.recordOf(h, pid)
+		if !ok {
+			continue
+		}
+		for _, inode := range list {
+			err := s.maps.owners.Update(cookies[inode], r.bytes(), ebpf.UpdateNoExist)
+			if err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
+				return fmt.Errorf("bpf map owners: %w", err)
+			}
+		}
+	}
+	return nil
+}
+
+// recordOf is what a program would write about a process.
+func (s *bpfState) recordOf(h *LinuxHost, pid int) (ownerRecord, bool) {
+	_, start, err := process.Stat(pid)
+	if err != nil {
+		return ownerRecord{}, false
+	}
+	facts, err := h.Process(pid)
+	if err != nil {
+		return ownerRecord{}, false
+	}
+	r := ownerRecord{PID: uint32(pid), UID: facts.UID, GID: facts.GID, Start: start * nanosPerTick}
+	if ref, err := cgroupRef(facts.Cgroup); err == nil && facts.Cgroup != "" {
+		r.Cgroup = ref.ID
+	}
+	if id, err := s.ident.file(fmt.Sprintf("/proc/%d/exe", pid)); err == nil {
+		r.Exe = id
+	}
+	return r, true
+}
+
+// carryOwners copies what the set before has written down, or looks for it. The new set writes already: what it knows is newer.
+func (h *LinuxHost) carryOwners(s *bpfState) error {
+	if h.bpf == nil || !h.bpf.bits.owners || !s.bits.owners {
+		return h.seedOwners(s)
+	}
+	var cookie uint64
+	var value []byte
+	for iter := h.bpf.maps.owners.Iterate(); iter.Next(&cookie, &value); {
+		if err := s.maps.owners.Update(cookie, value, ebpf.UpdateNoExist); err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
+			return fmt.Errorf("bpf map owners: %w", err)
+		}
+	}
+	return nil
+}
