@@ -63,7 +63,7 @@ func TestTypesAndDescriptionAgree(t *testing.T) {
 		"Error": client.Error{}, "Status": client.Status{}, "ConfigStatus": client.ConfigStatus{}, "ContextStatus": client.ContextStatus{},
 		"UpstreamStatus": client.UpstreamStatus{}, "UpstreamTest": client.UpstreamTest{}, "TestStep": client.TestStep{},
 		"GuardStatus": client.GuardStatus{}, "DNSStatus": client.DNSStatus{}, "Flow": client.Flow{},
-		"App": client.App{}, "Explanation": client.Explanation{}, "Condition": client.Condition{}, "KernelPath": client.KernelPath{},
+		"App": client.App{}, "AppUsage": client.AppUsage{}, "Explanation": client.Explanation{}, "Condition": client.Condition{}, "KernelPath": client.KernelPath{},
 		"Stats": client.Stats{}, "Totals": client.Totals{}, "Health": client.Health{}, "Check": client.Check{}, "DNSAnswer": client.DNSAnswer{},
 		"DNSRecord": client.DNSRecord{}, "Event": client.Event{}, "LeaseRequest": client.LeaseRequest{}, "Lease": client.Lease{},
 		"ContextRequest": client.ContextRequest{}, "Selector": client.Selector{}, "Capture": client.Capture{}, "Verdict": client.Verdict{},

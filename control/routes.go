@@ -59,6 +59,7 @@ func (s *Server) routes() []route {
 		{method: "GET", path: "/v1/status", open: true, answer: getStatus},
 		{method: "GET", path: "/v1/health", open: true, answer: getHealth},
 		{method: "GET", path: "/v1/flows", open: true, query: []string{"watch"}, stream: getFlows},
+		{method: "GET", path: "/v1/apps", open: true, answer: getApps},
 		{method: "DELETE", path: "/v1/flows/{id}", open: true, answer: deleteFlow},
 		{method: "GET", path: "/v1/contexts", open: true, answer: getContexts},
 		{method: "POST", path: "/v1/contexts", limit: reloadLimit, answer: postContext},

@@ -56,10 +56,10 @@ func (m *Manager) applyBPFLocked(plan *Plan, repair bool) (refused bool, err err
 	switch {
 	case err == nil:
 		return false, nil
-	case m.selected != nil || errors.Is(err, ErrConflict) || m.cfg.Marking == MarkingBPF:
+	case m.selected != nil && len(m.selected.Rules) > 0 || errors.Is(err, ErrConflict) || m.cfg.Marking == MarkingBPF:
 		return false, fmt.Errorf("bpf: %w", err)
 	}
-	m.bpfErr = err
+	m.bpfErr, m.selected = err, nil
 	m.log.Warn("the kernel refuses BPF programs: selected processes are told apart by nftables", zap.Error(err))
 	if old != nil {
 		m.journal.BPF = old

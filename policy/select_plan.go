@@ -97,10 +97,18 @@ func newSelection(s Spec, snap Snapshot) *Selection {
 		return nil
 	}
 	out := &Selection{Mask: s.Mask, Owners: s.Owners, TaskLimit: s.TaskLimit}
+	if (Spec{Contexts: s.Contexts}).wantsBPF() {
+		out.rules(s, snap)
+	}
+	return out
+}
+
+// rules fills in the selectors and their rules.
+func (s *Selection) rules(spec Spec, snap Snapshot) {
 	bits := func(list []Selector) (idx []int) {
 		for _, sel := range list {
-			idx = append(idx, len(out.Selectors))
-			out.Selectors = append(out.Selectors, sel)
+			idx = append(idx, len(s.Selectors))
+			s.Selectors = append(s.Selectors, sel)
 		}
 		return idx
 	}
@@ -116,26 +124,25 @@ func newSelection(s Spec, snap Snapshot) *Selection {
 	}
 	add := func(name string, mark uint32, exclude, chosen []Selector) {
 		if len(chosen) > 0 {
-			out.Rules = append(out.Rules, SelectRule{Context: name, Mark: mark, Exclude: bits(exclude), Select: bits(chosen)})
+			s.Rules = append(s.Rules, SelectRule{Context: name, Mark: mark, Exclude: bits(exclude), Select: bits(chosen)})
 		}
 	}
 	add("", 0, nil, paths(snap.Excluded.Cgroups))
-	for _, c := range s.Contexts {
+	for _, c := range spec.Contexts {
 		if c.Mode == ModeProcess || c.Mode == ModeCgroup {
-			add(c.Name, ContextMark(s.Mask, c.Slot), nil, paths(c.Cgroups))
+			add(c.Name, ContextMark(spec.Mask, c.Slot), nil, paths(c.Cgroups))
 		}
 	}
-	for _, c := range s.Contexts {
+	for _, c := range spec.Contexts {
 		if c.selects() {
-			add(c.Name, ContextMark(s.Mask, c.Slot), c.Exclude, c.Select)
+			add(c.Name, ContextMark(spec.Mask, c.Slot), c.Exclude, c.Select)
 		}
 	}
-	for _, c := range s.Contexts {
+	for _, c := range spec.Contexts {
 		if c.Mode == ModeGlobal {
-			add(c.Name, ExcludedMark(s.Mask), nil, c.Exclude)
+			add(c.Name, ExcludedMark(spec.Mask), nil, c.Exclude)
 		}
 	}
-	return out
 }
 
 // words is how many times 64 bits the selectors need: 1, 4 or 16, so that a change seldom changes the shape of the maps.

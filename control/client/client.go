@@ -90,6 +90,11 @@ func (c *Client) Flows(ctx context.Context) ([]Flow, error) {
 	return get[[]Flow](ctx, c, "/v1/flows", nil)
 }
 
+// Apps returns the processes behind the live flows that the caller may see, the busiest first.
+func (c *Client) Apps(ctx context.Context) ([]AppUsage, error) {
+	return get[[]AppUsage](ctx, c, "/v1/apps", nil)
+}
+
 // WatchFlows yields each live flow once, and then each flow when it starts and when it ends (its state is then closed). A consumer that is
 // too slow loses some of them, never memory. It ends with ctx, when the daemon stops, or with the one error it yields.
 func (c *Client) WatchFlows(ctx context.Context) iter.Seq2[Flow, error] {

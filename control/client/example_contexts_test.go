@@ -160,3 +160,24 @@ func ExampleClient_ShutdownClosed() {
 	// <nil>
 	// true
 }
+
+func ExampleClient_Apps() {
+	_, socket, stop := daemon()
+	defer stop()
+	ctx, cancel := within()
+	defer cancel()
+
+	c := client.New(socket)
+	defer c.Close()
+	apps, err := c.Apps(ctx)
+	if err != nil {
+		log.Fatal(err)
+	}
+	for _, a := range apps {
+		if a.App.PID != 0 {
+			fmt.Println(a.App.Exe, a.Flows)
+		}
+	}
+	// Output:
+	// /usr/bin/curl 1
+}

@@ -137,6 +137,14 @@ type App struct {
 	Method string `json:"method"` // how the process was found
 }
 
+// AppUsage is what one process does at the moment: its live flows, and their bytes.
+type AppUsage struct {
+	App       App    `json:"app"`
+	Flows     int    `json:"flows"`
+	BytesUp   uint64 `json:"bytes_up"`
+	BytesDown uint64 `json:"bytes_down"`
+}
+
 // ExplainRequest is a flow that need not exist. Network is tcp or udp; Dest is host:port. The other fields may stay empty.
 type ExplainRequest struct {
 	Context  string `json:"context"` // "" = the only context, or the one named default
