@@ -123,7 +123,6 @@ func (p *pair) endAllLocked(err error) {
 
 // pump notes what an event says and moves what can be moved. It reports whether there is more to move than fits into a turn.
 func (p *pair) pump(ps *pipes, side int, events uint32) (more bool) {
-	p.queued = false
 	var done [2]outcome
 	p.mu.Lock()
 	p.note(side, events)

@@ -133,6 +133,7 @@ func (w *worker) run() {
 		more := w.ready
 		w.ready = nil
 		for _, p := range more {
+			p.queued = false
 			w.turn(p, 0, 0)
 		}
 	}
