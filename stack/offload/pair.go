@@ -64,13 +64,14 @@ type outcome struct {
 	err  error
 }
 
-// begin hands the pair to its worker. A pair that was closed meanwhile has been told so.
+// begin hands the pair to its worker. Of a pair that was closed meanwhile the directions end here, if they have not before.
 func (p *pair) begin() error {
 	p.mu.Lock()
-	defer p.mu.Unlock()
 	if p.fd[appSide] < 0 || p.fd[upSide] < 0 {
+		p.endAllLocked(opError("read", net.ErrClosed))
 		return nil
 	}
+	defer p.mu.Unlock()
 	return p.worker.add(p)
 }
 
@@ -103,8 +104,12 @@ func (p *pair) fail(err error) {
 	p.endAllLocked(opError("read", err))
 }
 
-// endAllLocked ends the directions that have not ended, and unlocks.
+// endAllLocked ends the directions that have not ended, and unlocks. Before Splice there is nobody to tell: begin does.
 func (p *pair) endAllLocked(err error) {
+	if p.ended == nil {
+		p.mu.Unlock()
+		return
+	}
 	var tell [2]bool
 	for i := range p.dir {
 		if d := &p.dir[i]; !d.over {
