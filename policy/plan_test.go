@@ -97,6 +97,28 @@ func TestPlanGolden(t *testing.T) {
 			s.Contexts = s.Contexts[:1]
 			return s
 		}, func(s *Snapshot) { s.Features, s.IPv6 = Features{}, false }},
+		{"selected-bpf", func() Spec {
+			s := selectSpec()
+			s.Contexts[0].Select = append(s.Contexts[0].Select, Selector{Exes: []string{"/opt/app/bin/app*"}, UIDs: []uint32{1003}}, Selector{PIDs: []int{4242}, Scope: ScopeSession})
+			s.Contexts[1].Strict = true
+			s.Contexts[2].Exclude = append(s.Contexts[2].Exclude, Selector{Exes: []string{"/usr/sbin/sshd"}})
+			return s
+		}, func(s *Snapshot) {
+			s.Daemon.Cgroup, s.Features.BPF = service, true
+			s.Cgroups = map[string][]CgroupRef{"/user.slice": {{Path: "/user.slice", ID: 7, Level: 1}}}
+		}},
+		{"global-bpf", func() Spec {
+			s := globalSpec()
+			s.Owners = true
+			return s
+		}, func(s *Snapshot) { s.Daemon.Cgroup, s.Features.BPF = service, true }},
+		{"gateway-bpf", func() Spec {
+			s := globalSpec()
+			s.Owners = true
+			s.Contexts[0].Mode, s.Contexts[0].Direct = ModeGateway, nil
+			s.Contexts[0].Select = []Selector{{Interfaces: []string{"docker0"}}}
+			return s
+		}, func(s *Snapshot) { s.Features.BPF = true }},
 		{"global-and-leases", func() Spec {
 			s, r := globalSpec(), runSpec()
 			r.Contexts[0].DNSOff = true
