@@ -9,8 +9,11 @@ LDFLAGS := -s -w -X main.version=$(VERSION)
 TOOL    := go tool -modfile=.ci/tools.mod
 PREFIX  ?= /usr/local
 FUZZTIME ?= 20s
+# Of the Go benchmarks: benchstat wants ten runs.
+BENCHTIME ?= 0.2s
+BENCHCOUNT ?= 10
 
-.PHONY: build cross demo test unit race e2e interop fuzz bench microbench profile lint fmt fmt-check check install clean
+.PHONY: build cross demo test unit race e2e interop fuzz bench microbench microbench-baseline profile lint fmt fmt-check check install clean
 
 build: ## the static binary, ./mprox
 	go build -trimpath -ldflags '$(LDFLAGS)' -o mprox ./cmd/mprox
@@ -44,8 +47,13 @@ fuzz: ## each fuzz target for FUZZTIME
 bench: ## the engine against what is possible, in namespaces (needs root): table, e2e/bench/results.json; docs/benchmarks.md
 	go run ./e2e/bench $(BENCHFLAGS)
 
-microbench: ## Go benchmarks of the packages
-	go test -run '^$$' -bench . -benchmem $$(go list ./... | grep -v /e2e)
+microbench: ## Go benchmarks of the packages, compared with the figures kept in e2e/bench/baseline
+	mkdir -p dist
+	go test -run '^$$' -bench . -benchmem -benchtime $(BENCHTIME) -count $(BENCHCOUNT) $$(go list ./... | grep -v /e2e) | tee dist/microbench.txt
+	$(TOOL) benchstat e2e/bench/baseline/micro.txt dist/microbench.txt
+
+microbench-baseline: ## keep the figures of the last microbench: commit them with the machine they are from
+	grep -E '^(goos|goarch|cpu|pkg|Benchmark)' dist/microbench.txt > e2e/bench/baseline/micro.txt
 
 profile: ## CPU and allocation profiles of the engine under each load, into ./dist/profile (needs root)
 	go run ./e2e/bench -profile dist/profile $(BENCHFLAGS)

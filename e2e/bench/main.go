@@ -35,7 +35,7 @@ type options struct {
 	reps    int
 	seconds float64
 	warm    bool
-	server  string // SOCKS5 server: mprox, microsocks, danted
+	server  string // SOCKS5 server: danted, microsocks, mprox
 	out     string
 	doc     string
 	profile string
@@ -89,7 +89,7 @@ func parseFlags(args []string, w io.Writer) (options, error) {
 	fs.IntVar(&o.reps, "reps", 5, "repetitions of each row")
 	fs.Float64Var(&o.seconds, "seconds", 2, "length of one measurement")
 	fs.BoolVar(&quick, "quick", false, "one repetition of half a second, no waiting for memory to be given back")
-	fs.StringVar(&o.server, "server", "mprox", "SOCKS5 server: mprox (mprox serve), microsocks, danted (no UDP in microsocks)")
+	fs.StringVar(&o.server, "server", "danted", "SOCKS5 server: danted, microsocks (no UDP), mprox (mprox serve)")
 	fs.StringVar(&o.out, "json", "e2e/bench/results.json", "`file` of the figures; - = none")
 	fs.StringVar(&o.doc, "doc", "", "measure nothing: put the figures of -json into this markdown `file`, and a chart beside it")
 	fs.StringVar(&o.profile, "profile", "", "profile the engine instead, into this `directory`")
