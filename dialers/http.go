@@ -33,13 +33,21 @@ type HTTP struct {
 	upstream
 	tls    *tls.Config // nil for http
 	digest digest
+	h2     h2Pool
 }
 
 func newHTTP(name string, s Spec, n *Net) *HTTP {
 	h := new(HTTP)
 	h.init(name, s, n)
 	if s.Scheme == SchemeHTTPS {
-		h.tls = tlsConfig(&s, "http/1.1")
+		protos := []string{protoH2, protoH1}
+		switch s.HTTP {
+		case "1.1":
+			protos = protos[1:]
+		case "2":
+			protos = protos[:1]
+		}
+		h.tls = tlsConfig(&s, protos...)
 	}
 	return h
 }
@@ -95,38 +103,105 @@ func (h *HTTP) dial(ctx context.Context, dst flow.Addr) (flow.Conn, error) {
 }
 
 // ask makes connections to the proxy until one of them is through to dst. A second one is needed where a proxy asks for credentials and
-// closes.
+// closes, and where one that is shared has just ended.
 func (h *HTTP) ask(ctx context.Context, op string, dst flow.Addr) (flow.Conn, error) {
 	var l login
+	if c := h.h2.reserve(); c != nil {
+		conn, err := h.shared(ctx, c, dst, &l)
+		if !errors.Is(err, errStale) {
+			return conn, h.orEnded(ctx, op, err)
+		}
+	}
 	for {
 		tcp, err := h.connect(ctx)
 		if err != nil {
 			return nil, err
 		}
-		var conn flow.Conn = tcp
-		err = handshake(ctx, tcp, func() error {
-			if h.tls == nil {
-				return h.converse(tcp, &socketHead{c: tcp}, dst, &l)
-			}
-			tc, err := secure(ctx, tcp, h.tls)
-			if err != nil {
-				return err
-			}
-			head := &streamHead{r: tc}
-			err = h.converse(tc, head, dst, &l)
-			conn = &tlsConn{Conn: tc.(*tlsConn).Conn, tcp: tcp, head: head.left}
-			return err
-		})
+		conn, err := h.through(ctx, tcp, dst, &l)
 		if err == nil {
-			h.track(tcp)
 			return conn, nil
 		}
-		tcp.Abort()
+		if _, ok := errors.AsType[*keepConn](err); !ok {
+			tcp.Abort()
+		}
 		if !errors.Is(err, errReconnect) {
 			return nil, h.ended(ctx, op, err)
 		}
 	}
 }
+
+func (h *HTTP) orEnded(ctx context.Context, op string, err error) error {
+	if err == nil {
+		return nil
+	}
+	return h.ended(ctx, op, err)
+}
+
+// shared asks on a connection that others use too.
+func (h *HTTP) shared(ctx context.Context, c *h2Conn, dst flow.Addr, l *login) (flow.Conn, error) {
+	err := errOff
+	if !h.off() {
+		err = h.take()
+	}
+	if err != nil {
+		c.Release()
+		return nil, err
+	}
+	conn, err := h.overStream(ctx, c, dst, l)
+	if err != nil {
+		h.leave()
+		h.h2.rest(c)
+	}
+	return conn, err
+}
+
+// through asks on a new connection, by what the proxy chooses of the protocols.
+func (h *HTTP) through(ctx context.Context, tcp *TCPConn, dst flow.Addr, l *login) (flow.Conn, error) {
+	var conn flow.Conn = tcp
+	var h2 *tls.Conn
+	err := handshake(ctx, tcp, func() error {
+		if h.tls == nil {
+			return h.converse(tcp, &socketHead{c: tcp}, dst, l)
+		}
+		sc, err := secure(ctx, tcp, h.tls)
+		if err != nil {
+			return err
+		}
+		tc := sc.(*tlsConn).Conn
+		if tc.ConnectionState().NegotiatedProtocol == protoH2 {
+			h2 = tc
+			return nil
+		}
+		head := &streamHead{r: tc}
+		err = h.converse(tc, head, dst, l)
+		conn = &tlsConn{Conn: tc, tcp: tcp, head: head.left}
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	if h2 == nil {
+		h.track(tcp)
+		return conn, nil
+	}
+	c, err := h.h2.add(ctx, h2, tcp)
+	if err != nil {
+		return nil, err
+	}
+	tcp.leave = nil // the place is the stream's
+	conn, err = h.overStream(ctx, c, dst, l)
+	if err != nil {
+		h.leave()
+		h.h2.rest(c)
+		return nil, &keepConn{err}
+	}
+	return conn, nil
+}
+
+// keepConn is a no that leaves the connection to the proxy as good as before.
+type keepConn struct{ error }
+
+func (k *keepConn) Unwrap() error { return k.error }
 
 // headReader hands out the bytes of a reply's header, and keeps what follows it.
 type headReader interface {

@@ -37,13 +37,28 @@ func (h *HTTP) request(c io.ReadWriter, head headReader, dst flow.Addr) error {
 	return h.converse(c, head, dst, new(login))
 }
 
+// asker asks a proxy, on what there is between us.
+type asker interface {
+	// ask sends one request with the credentials of l and returns the reply, and what of the request must never be shown.
+	ask(l *login) (*response, []string, error)
+	// again prepares another request after a reply. errReconnect: not here.
+	again(r *response) error
+	// body returns the first bytes of the reply's body.
+	body() []byte
+}
+
 // converse sends CONNECT and reads the reply up to the end of its header. A 407 is answered on the same connection if the proxy keeps it.
 func (h *HTTP) converse(c io.ReadWriter, head headReader, dst flow.Addr, l *login) error {
+	return h.logIn(&h1Asker{h: h, c: c, head: head, dst: dst}, l)
+}
+
+// logIn asks until the answer is yes, or no.
+func (h *HTTP) logIn(a asker, l *login) error {
 	if l.challenge == nil && h.wantsDigest() {
 		l.challenge, l.nc = h.digest.take()
 	}
-	for reused := false; ; reused = true {
-		r, secrets, err := h.exchange(c, head, dst, l, reused)
+	for {
+		r, secrets, err := a.ask(l)
 		switch {
 		case err != nil:
 			return err
@@ -53,12 +68,12 @@ func (h *HTTP) converse(c io.ReadWriter, head headReader, dst flow.Addr, l *logi
 			}
 			return nil
 		case r.status == 407 && h.answer(l, r):
-			if !r.keeps() || head.drop(r.length) != nil {
-				return errReconnect
+			if err := a.again(r); err != nil {
+				return err
 			}
 			continue
 		}
-		text := r.describe(head.body())
+		text := r.describe(a.body())
 		if r.status == 407 && h.spec.Auth == "digest" && l.challenge == nil {
 			text += ", " + errNoDigest.Error()
 		}
@@ -111,24 +126,43 @@ func offers(fields []string, scheme string) bool {
 	return false
 }
 
-// exchange sends one request and reads the header of its reply.
-func (h *HTTP) exchange(c io.ReadWriter, head headReader, dst flow.Addr, l *login, reused bool) (*response, []string, error) {
-	req, secrets := h.head(dst, l)
-	_, err := c.Write(req)
+// h1Asker asks on a connection of one's own.
+type h1Asker struct {
+	h      *HTTP
+	c      io.ReadWriter
+	head   headReader
+	dst    flow.Addr
+	reused bool // it has been asked on before
+}
+
+func (a *h1Asker) body() []byte { return a.head.body() }
+
+func (a *h1Asker) again(r *response) error {
+	if !r.keeps() || a.head.drop(r.length) != nil {
+		return errReconnect
+	}
+	a.reused = true
+	return nil
+}
+
+// ask sends one request and reads the header of its reply.
+func (a *h1Asker) ask(l *login) (*response, []string, error) {
+	req, secrets := a.h.head(a.dst, l)
+	_, err := a.c.Write(req)
 	clear(req)
 	if err != nil {
-		if reused && !timedOut(err) {
+		if a.reused && !timedOut(err) {
 			return nil, nil, errReconnect
 		}
 		return nil, nil, fmt.Errorf("request: %w: %w", flow.ErrUpstream, err)
 	}
-	raw, err := readHead(head)
+	raw, err := readHead(a.head)
 	if err != nil {
 		switch {
 		case timedOut(err):
 			// Whether the proxy hangs or the destination does cannot be told apart.
 			return nil, nil, fmt.Errorf("%w: no reply", flow.ErrTimeout)
-		case len(raw) == 0 && reused && (errors.Is(err, io.EOF) || errors.Is(err, unix.ECONNRESET)):
+		case len(raw) == 0 && a.reused && (errors.Is(err, io.EOF) || errors.Is(err, unix.ECONNRESET)):
 			return nil, nil, errReconnect
 		case len(raw) == 0 && errors.Is(err, io.EOF):
 			return nil, nil, fmt.Errorf("%w: %w", flow.ErrHostUnreachable, errNoReply)

@@ -63,6 +63,7 @@ type Spec struct {
 	MaxFlows     int    // option max_flows: connections and associations at a time; 0 = no bound
 	UDP          string // option udp: auto (the default) | on | off | over-tcp | over-tcp-v1
 	Auth         string // option auth: basic | digest | bearer
+	HTTP         string // option http: 1.1 or 2 = only that is offered to an https proxy
 	SNI          string // option sni: the name asked for in TLS instead of Host
 	Insecure     bool   // option insecure=1: the proxy's certificate is not verified
 	Pipeline     bool   // option pipeline=1: the SOCKS5 request is sent without waiting for the answer to the greeting
@@ -276,6 +277,9 @@ func (s *Spec) setOption(key, value string) (err error) {
 	case "auth":
 		s.Auth = value
 		return oneOf(key, value, "basic", "digest", "bearer")
+	case "http":
+		s.HTTP = value
+		return oneOf(key, value, "1.1", "2")
 	case "sni":
 		if s.SNI = strings.ToLower(value); checkHost(s.SNI) != nil {
 			return urlErr(key, "not a host name")
@@ -299,7 +303,7 @@ func (s *Spec) setOption(key, value string) (err error) {
 	case "key":
 		return file(&s.KeyFile, key, value)
 	default:
-		return urlErr("option", "unknown: use weight priority max_flows udp auth sni insecure pipeline name password_file token_file ca cert key header")
+		return urlErr("option", "unknown: use weight priority max_flows udp auth http sni insecure pipeline name password_file token_file ca cert key header")
 	}
 	return err
 }
@@ -346,6 +350,8 @@ func (s *Spec) check() error {
 		return urlErr("insecure", "only for a proxy reached over TLS")
 	case (s.CAFile != "" || s.CertFile != "" || s.KeyFile != "") && s.Scheme != SchemeHTTPS && s.Scheme != SchemeSOCKS5s:
 		return urlErr("ca, cert, key", "only for a proxy reached over TLS")
+	case s.HTTP != "" && s.Scheme != SchemeHTTPS:
+		return urlErr("http", "only for https: which protocol it is is settled by TLS")
 	case s.CAFile != "" && s.Insecure:
 		return urlErr("ca", "insecure=1 would make it worth nothing")
 	case s.KeyFile != "" && s.CertFile == "":

@@ -81,6 +81,15 @@ func (l *Lab) Stunnel(t *testing.T, port uint16, p PKI) *Server {
 	}, program(t, "stunnel4"), conf)
 }
 
+// Nghttpx starts an HTTP/2 proxy inside TLS that passes on to an HTTP/1.1 proxy, whose password is needed.
+func (l *Lab) Nghttpx(t *testing.T, port uint16, p PKI, behind *Server) *Server {
+	t.Helper()
+	return l.serve(t, &Server{
+		Name: "nghttpx", Scheme: "https", Addr: netip.AddrPortFrom(ProxyV4, port), Pass: behind.Pass, IPv6: true, Options: p.Options(),
+	}, program(t, "nghttpx"), "--conf=/dev/null", "--http2-proxy", "--workers=1", "--no-ocsp", "--backend-connections-per-host=1000", "--errorlog-file=/dev/stderr", "--log-level=WARN",
+		fmt.Sprintf("--frontend=%s,%d", ProxyV4, port), fmt.Sprintf("--backend=%s,%d", behind.Addr.Addr(), behind.Addr.Port()), p.Key, p.Cert)
+}
+
 // SquidDigest starts an HTTP proxy that asks for Digest.
 func (l *Lab) SquidDigest(t *testing.T, port uint16) *Server {
 	t.Helper()
