@@ -188,7 +188,11 @@ func (w *fakeFile) write() error {
 		return err
 	}
 	rs := w.pool.snapshot()
-	if err := errors.Join(writeFakeFile(f, w.pool, rs), f.Sync()); err != nil {
+	err = writeFakeFile(f, w.pool, rs)
+	if len(rs) > 0 { // of an empty one there is nothing to lose
+		err = errors.Join(err, f.Sync())
+	}
+	if err != nil {
 		f.Close()
 		return errors.Join(err, os.Remove(tmp))
 	}
@@ -200,6 +204,9 @@ func (w *fakeFile) write() error {
 		w.file.Close()
 	}
 	w.file, w.lines = f, len(rs)
+	if len(rs) == 0 {
+		return nil
+	}
 	if dir, err := os.Open(filepath.Dir(w.path)); err == nil {
 		_ = dir.Sync() // not every file system can; the old name of the file is as good
 		dir.Close()

@@ -185,7 +185,8 @@ func readJournal(file string) (journal, error) {
 	return j, nil
 }
 
-// write replaces the file in one step and returns when it is on the disk.
+// write replaces the file in one step. It is not forced to the disk, which takes milliseconds and is done several times a start: what the
+// journal stands for ends with the kernel that it is in, and so with anything that could lose the file.
 func (j *journal) write(file string) (err error) {
 	b, err := json.MarshalIndent(j, "", "\t")
 	if err != nil {
@@ -207,19 +208,8 @@ func (j *journal) write(file string) (err error) {
 	if _, err := f.Write(append(b, '\n')); err != nil {
 		return err
 	}
-	if err := f.Sync(); err != nil {
-		return err
-	}
 	if err := os.Rename(f.Name(), file); err != nil {
 		return err
 	}
-	if err := f.Close(); err != nil {
-		return err
-	}
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
+	return f.Close()
 }

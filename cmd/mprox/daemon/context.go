@@ -14,6 +14,7 @@ import (
 	"sync/atomic"
 
 	"go.uber.org/zap"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/mutex-proxy/mutex/config"
 	"github.com/mutex-proxy/mutex/dialers"
@@ -126,17 +127,23 @@ func (c *liveContext) open(ctx context.Context) (err error) {
 			c.close()
 		}
 	}()
-	if err := c.names.Start(); err != nil {
-		return fmt.Errorf("context %s: dns: %w", c.name, err)
+	var names errgroup.Group
+	names.Go(c.names.Start) // writes a file to the disk meanwhile
+	dev, err := tun.Open(tun.Config{Name: c.deviceName(), MTU: c.cfg.TUN.MTU})
+	if err != nil {
+		err = fmt.Errorf("context %s: %w", c.name, err)
+	} else {
+		c.device = dev
+	}
+	if nerr := names.Wait(); nerr != nil {
+		err = errors.Join(err, fmt.Errorf("context %s: dns: %w", c.name, nerr))
+	}
+	if err != nil {
+		return err
 	}
 	if err := c.listen(ctx); err != nil {
 		return fmt.Errorf("context %s: dns listener: %w", c.name, err)
 	}
-	dev, err := tun.Open(tun.Config{Name: c.deviceName(), MTU: c.cfg.TUN.MTU})
-	if err != nil {
-		return fmt.Errorf("context %s: %w", c.name, err)
-	}
-	c.device = dev
 	cfg := stack.Config{Device: dev, Handler: c.handler, Log: c.log}
 	if c.cfg.Mode != "gateway" { // flows of other hosts cannot end at a socket of this machine
 		cfg.Offload = &offload.Config{Mark: c.accelMark, TTL: policy.AccelTTL}
