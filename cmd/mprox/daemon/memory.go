@@ -20,6 +20,8 @@ import (
 const (
 	// memoryLook is how often the amount of allocations is looked at. A burst is over when in one such time almost nothing was allocated.
 	memoryLook = time.Second
+	// memoryStart is when what only the start needed is given back: not while the applications that have waited for it connect.
+	memoryStart = 300 * time.Millisecond
 	// memoryQuiet is "almost nothing" in bytes: 200 connections' worth.
 	memoryQuiet = 2 << 20
 	// memoryWorth is how many bytes must have been allocated since the last time for a collection, a few milliseconds of CPU, to be worth it;
@@ -59,11 +61,14 @@ func keepMemory(ctx context.Context) {
 	tick := time.NewTicker(memoryLook)
 	defer tick.Stop()
 	var k memoryKeeper
-	giveBack() // what only the start needed
+	start := time.After(memoryStart)
 	for {
 		select {
 		case <-ctx.Done():
 			return
+		case <-start:
+			giveBack() // what only the start needed
+			continue
 		case <-tick.C:
 		}
 		metrics.Read(samples)
