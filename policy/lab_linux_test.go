@@ -161,6 +161,10 @@ func newLab(t *testing.T) *lab {
 	l.sh(`for i in accept_dad dad_transmits; do echo 0 > /proc/sys/net/ipv6/conf/c0/$i; done
 		ip link set c0 up; ip addr add 10.9.0.2/24 dev c0; ip addr add 2001:db8:9::2/64 dev c0 nodad; ip addr add fd09::2/64 dev c0 nodad
 		ip route add default via 10.9.0.1; ip -6 route add default via 2001:db8:9::1`)
+	// The kernel adds the routes of IPv6 addresses on its own time: not after a test has looked what was before.
+	l.await("the routes of c0's addresses", func() bool {
+		return strings.TrimSpace(l.sh("ip -6 route show table local dev c0 | grep -c '^local' || true")) == "3"
+	})
 	return l
 }
 
