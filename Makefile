@@ -43,8 +43,8 @@ interop: build ## every proxy server through mprox; writes the table of docs/int
 
 soak: build ## the long versions of e2e tests (needs root): 10,000 connections ten times, a minute of mixed load under the race detector
 	CGO_ENABLED=1 go build -race -o dist/mprox-race ./cmd/mprox
-	ulimit -n 65536 && MPROX_SOAK=1 MPROX_BIN=$(CURDIR)/dist/mprox-race go test -count=1 -timeout 15m -v -run 'TestMixedLoad' ./e2e
-	ulimit -n 65536 && MPROX_SOAK=1 MPROX_BIN=$(CURDIR)/mprox go test -count=1 -timeout 30m -v -run 'TestChurn|TestStalledReader' ./e2e
+	ulimit -n $$(ulimit -Hn) && MPROX_SOAK=1 MPROX_BIN=$(CURDIR)/dist/mprox-race go test -count=1 -timeout 15m -v -run 'TestMixedLoad' ./e2e
+	ulimit -n $$(ulimit -Hn) && MPROX_SOAK=1 MPROX_BIN=$(CURDIR)/mprox go test -count=1 -timeout 30m -v -run 'TestChurn|TestStalledReader' ./e2e
 
 fuzz: ## each fuzz target for FUZZTIME
 	bash .ci/fuzz $(FUZZTIME)

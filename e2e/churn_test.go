@@ -17,6 +17,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/mutex-proxy/mutex/e2e/lab"
 )
 
@@ -65,7 +67,9 @@ func eachPath(t *testing.T, f func(t *testing.T, l *lab.Lab, m *lab.Mprox)) {
 	t.Helper()
 	for _, offload := range []string{"off", "auto"} {
 		t.Run("offload "+offload, func(t *testing.T) {
-			t.Parallel()
+			if !soak() { // the long versions need all descriptors there are
+				t.Parallel()
+			}
 			l := lab.New(t, lab.Options{})
 			s := l.Microsocks(t, 1082)
 			m := l.Mprox(t)
@@ -80,6 +84,7 @@ func eachPath(t *testing.T, f func(t *testing.T, l *lab.Lab, m *lab.Mprox)) {
 // before the first, and memory does not grow from round to round.
 func TestChurn(t *testing.T) {
 	t.Parallel()
+	noteLimit(t)
 	conns, rounds := either(soak(), 300, 10_000), either(soak(), 4, 10)
 	eachPath(t, func(t *testing.T, l *lab.Lab, m *lab.Mprox) {
 		t.Helper()
@@ -99,6 +104,18 @@ func TestChurn(t *testing.T) {
 			t.Errorf("memory grew from %d KB after the first round to %d KB after the last", first>>10, last>>10)
 		}
 	})
+}
+
+// noteLimit says how many descriptors there are: each connection of the long version takes two of the test's, for both ends.
+func noteLimit(t *testing.T) {
+	t.Helper()
+	var lim unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &lim); err != nil {
+		t.Fatal(err)
+	}
+	if soak() && lim.Cur < 25_000 {
+		t.Fatalf("%d descriptors are too few for 10,000 connections: raise ulimit -Hn to 25000", lim.Cur)
+	}
 }
 
 // churn opens n connections, uses them, and closes them when all are open.
