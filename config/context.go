@@ -6,22 +6,23 @@ import "net/netip"
 
 // Context is who is captured (mode, select, exclude) and what happens to their traffic (everything else).
 type Context struct {
-	Mode        string     `json:"mode" default:"global" enum:"disabled,process,cgroup,global,gateway" doc:"Whose traffic is captured: nobody's, that of the processes or of the cgroups in select, that of the whole machine, or that of other hosts which route through this one."`
-	Select      []Selector `json:"select" doc:"Who is captured in the modes process, cgroup and gateway: whoever matches one entry."`
-	Exclude     []Selector `json:"exclude" doc:"Who is never captured, in any mode: whoever matches one entry."`
-	Bypass      Bypass     `json:"bypass" doc:"Destinations that are reached directly, before any rule is asked."`
-	Rules       []Rule     `json:"rules" doc:"Which upstream a flow takes: the first rule that matches decides."`
-	Default     string     `json:"default" required:"true" doc:"The upstream or pool of every flow that no rule matched; direct, reject and drop are built in."`
-	DNS         DNS        `json:"dns" doc:"How names are resolved for the captured."`
-	TUN         TUN        `json:"tun" doc:"The context's network device."`
-	ICMP        string     `json:"icmp" default:"honest" enum:"honest,drop,reject" doc:"How an echo request is answered: honest only if a probe through the upstream succeeds, reject says unreachable, drop says nothing."`
-	DialTimeout Duration   `json:"dial_timeout" default:"10s" min:"100ms" max:"5m" doc:"How long an upstream may take to answer before the application is told that the host is unreachable."`
-	Existing    string     `json:"existing" default:"keep" enum:"keep,reset" doc:"What happens at start to connections that are older than the capture."`
-	Strict      bool       `json:"strict" default:"false" doc:"Mark by BPF and by nftables, so that a process that sets its own packet mark is captured too."`
-	OnCrash     string     `json:"on_crash" default:"block" enum:"block,open" doc:"What captured traffic does when the daemon dies: block fails closed, open lets it leave directly."`
-	OnStop      string     `json:"on_stop" enum:"open,block" doc:"What captured traffic does after an orderly stop. Empty: open, and block in a container, so that a restart does not leak."`
-	Offload     string     `json:"offload" default:"auto" enum:"auto,off" doc:"Whether the kernel moves the bytes of established TCP connections where it can (auto), or always the network stack in user space."`
-	Limits      Limits     `json:"limits" doc:"Bounds of the context."`
+	Mode        string      `json:"mode" default:"global" enum:"disabled,process,cgroup,global,gateway" doc:"Whose traffic is captured: nobody's, that of the processes or of the cgroups in select, that of the whole machine, or that of other hosts which route through this one."`
+	Select      []Selector  `json:"select" doc:"Who is captured in the modes process, cgroup and gateway: whoever matches one entry."`
+	Exclude     []Selector  `json:"exclude" doc:"Who is never captured, in any mode: whoever matches one entry."`
+	Bypass      Bypass      `json:"bypass" doc:"Destinations that are reached directly, before any rule is asked."`
+	Rules       []Rule      `json:"rules" doc:"Which upstream a flow takes: the first rule that matches decides."`
+	Default     string      `json:"default" required:"true" doc:"The upstream or pool of every flow that no rule matched; direct, reject and drop are built in."`
+	DNS         DNS         `json:"dns" doc:"How names are resolved for the captured."`
+	TUN         TUN         `json:"tun" doc:"The context's network device."`
+	ICMP        string      `json:"icmp" default:"honest" enum:"honest,drop,reject" doc:"How an echo request is answered: honest only if a probe through the upstream succeeds, reject says unreachable, drop says nothing."`
+	DialTimeout Duration    `json:"dial_timeout" default:"10s" min:"100ms" max:"5m" doc:"How long an upstream may take to answer before the application is told that the host is unreachable."`
+	Existing    string      `json:"existing" default:"keep" enum:"keep,reset" doc:"What happens at start to connections that are older than the capture."`
+	Strict      bool        `json:"strict" default:"false" doc:"Mark by BPF and by nftables, so that a process that sets its own packet mark is captured too."`
+	OnCrash     string      `json:"on_crash" default:"block" enum:"block,open" doc:"What captured traffic does when the daemon dies: block fails closed, open lets it leave directly."`
+	OnStop      string      `json:"on_stop" enum:"open,block" doc:"What captured traffic does after an orderly stop. Empty: open, and block in a container, so that a restart does not leak."`
+	Offload     string      `json:"offload" default:"auto" enum:"auto,off" doc:"Whether the kernel moves the bytes of established TCP connections where it can (auto), or always the network stack in user space."`
+	InputPorts  []PortRange `json:"input_ports" doc:"Mode global: ports on which TCP and UDP connections from outside are let in, and answered the way they came. Empty: all."`
+	Limits      Limits      `json:"limits" doc:"Bounds of the context."`
 }
 
 // Selector describes processes or hosts. All keys that are given must match; a list matches if one member does.

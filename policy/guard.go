@@ -131,18 +131,37 @@ func (g *guard) prerouting() {
 
 	// Only what opens a connection counts: conntrack takes the first packet it happens to see of an old connection for a new one, and that
 	// may be a reply to something this machine had sent. UDP cannot be told that way: client sockets older than the guard are listed.
-	in := nfChain{name: "inbound", rules: []nfRule{
+	in := nfChain{name: "inbound", rules: g.inputPorts()}
+	in.rules = append(in.rules, []nfRule{
 		rule(stCtNew{}, stSYN{}, g.set(true, inbound)),
 		rule(stCtNew{}, stProto{protoUDP}, stPortNotIn{"clients"}, g.set(true, inbound)),
 		rule(stCtNew{}, stICMPType{from: 8, to: 8}, g.set(true, inbound)),
 		rule(stCtNew{}, stICMPType{v6: true, from: 128, to: 128}, g.set(true, inbound)),
-	}}
+	}...)
 	if g.wide {
 		in.rules = append(in.rules,
 			rule(stTupleIn{in: true, set: "inbound4"}, g.set(true, inbound)),
 			rule(stTupleIn{v6: true, in: true, set: "inbound6"}, g.set(true, inbound)))
 	}
 	g.chain(in)
+}
+
+// inputPorts drops what opens a connection to a port that is not let in. Answers to clients older than the guard look the same.
+func (g *guard) inputPorts() []nfRule {
+	var ports []uint16
+	for _, c := range g.contexts {
+		if c.Mode == ModeGlobal {
+			ports = c.InputPorts
+		}
+	}
+	if len(ports) == 0 {
+		return nil
+	}
+	g.table.sets = append(g.table.sets, nfSet{name: "input_ports", kind: kindPort, ports: ports})
+	return []nfRule{
+		rule(stCtNew{}, stSYN{}, stPortNotIn{"input_ports"}, drop()),
+		rule(stCtNew{}, stProto{protoUDP}, stPortNotIn{"clients"}, stPortNotIn{"input_ports"}, drop()),
+	}
 }
 
 // output marks what this machine sends; a changed mark is routed again. It takes privileged marks from whoever has no right to them.

@@ -135,6 +135,8 @@ type ContextSpec struct {
 	OnStop  OnEnd
 	OnCrash OnEnd
 	Strict  bool // BPF and nftables both mark: a process that changes its socket's mark is captured all the same
+	// InputPorts are the destination ports on which ModeGlobal lets TCP connections and UDP datagrams from outside in; empty = all.
+	InputPorts []uint16
 }
 
 // CgroupRef is one cgroup v2 as nftables names it.

@@ -74,6 +74,7 @@ type contextEnv struct {
 	ids      *atomic.Uint64
 	recorder flow.Recorder
 	stateDir string
+	docker   bool // the machine's resolver is Docker's: it knows the names of containers
 	log      *zap.Logger
 }
 
@@ -222,7 +223,8 @@ func (c *liveContext) spec() policy.ContextSpec {
 		Direct: bypassPrefixes(c.cfg.Bypass), Fake: fakePrefixes(c.cfg.DNS.Fake),
 		DNSPort4: c.ports[0], DNSPort6: c.ports[1], DNSOff: c.cfg.DNS.Mode == "off",
 		Cgroups: slices.Clone(c.cgroups), Select: c.who.chosen, Exclude: c.who.excluded, Offload: true, OnStop: onStop(c.cfg.OnStop), OnCrash: onEnd(c.cfg.OnCrash),
-		Strict: c.cfg.Strict,
+		Strict:     c.cfg.Strict,
+		InputPorts: ports(c.cfg.InputPorts),
 	}
 	if c.device != nil && !c.gone {
 		s.TUN = c.device.Name()
@@ -302,6 +304,18 @@ func bypassPrefixes(b config.Bypass) []netip.Prefix {
 		}
 	}
 	return out
+}
+
+// ports are the ports in ranges, each once, ascending.
+func ports(ranges []config.PortRange) []uint16 {
+	var out []uint16
+	for _, r := range ranges {
+		for p := int(r.From); p <= int(r.To); p++ {
+			out = append(out, uint16(p))
+		}
+	}
+	slices.Sort(out)
+	return slices.Compact(out)
 }
 
 func fakePrefixes(f config.Fake) []netip.Prefix {
