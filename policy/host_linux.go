@@ -64,15 +64,33 @@ func (h *LinuxHost) open() error {
 		return fmt.Errorf("network namespace: %w", err)
 	}
 	h.id = Netns{Inode: st.Ino, Cookie: netnsCookie(), Boot: readString("/proc/sys/kernel/random/boot_id")}
-	var err error
-	if h.rt, err = vnl.NewHandleAt(netns.NsHandle(int(h.ns.Fd())), unix.NETLINK_ROUTE); err != nil {
-		return fmt.Errorf("route netlink socket: %w", err)
-	}
-	if h.nft, err = newNFTConn(int(h.ns.Fd())); err != nil {
+	return h.here(func(ns int) (err error) {
+		if ns == 0 {
+			h.rt, err = vnl.NewHandle(unix.NETLINK_ROUTE)
+		} else {
+			h.rt, err = vnl.NewHandleAt(netns.NsHandle(ns), unix.NETLINK_ROUTE)
+		}
+		if err != nil {
+			return fmt.Errorf("route netlink socket: %w", err)
+		}
+		if h.nft, err = newNFTConn(ns); err != nil {
+			return err
+		}
+		h.diag, err = process.OpenDiag(ns)
 		return err
+	})
+}
+
+// here calls f with the descriptor of the Host's namespace, or with 0 when this thread is in it: then nothing has to be switched, which takes
+// CAP_SYS_ADMIN, and a container has none.
+func (h *LinuxHost) here(f func(ns int) error) error {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	var here, want unix.Stat_t
+	if unix.Stat("/proc/thread-self/ns/net", &here) == nil && unix.Fstat(int(h.ns.Fd()), &want) == nil && here.Ino == want.Ino && here.Dev == want.Dev {
+		return f(0)
 	}
-	h.diag, err = process.OpenDiag(int(h.ns.Fd()))
-	return err
+	return f(int(h.ns.Fd()))
 }
 
 // requireNetAdmin says so in one line, before anything half works.
@@ -237,7 +255,11 @@ func (h *LinuxHost) Watch(ctx context.Context, changed func()) error {
 		}},
 		{unix.NETLINK_NETFILTER, []uint32{unix.NFNLGRP_NFTABLES}},
 	} {
-		c, err := netlink.Dial(w.family, &netlink.Config{NetNS: int(h.ns.Fd())})
+		var c *netlink.Conn
+		err := h.here(func(ns int) (err error) {
+			c, err = netlink.Dial(w.family, &netlink.Config{NetNS: ns})
+			return err
+		})
 		if err != nil {
 			return fmt.Errorf("netlink events: %w", err)
 		}
