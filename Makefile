@@ -13,7 +13,7 @@ FUZZTIME ?= 20s
 BENCHTIME ?= 0.2s
 BENCHCOUNT ?= 10
 
-.PHONY: build cross demo test unit race e2e interop fuzz bench microbench microbench-baseline profile lint fmt fmt-check check install clean
+.PHONY: build cross demo test unit race e2e interop fuzz bench microbench microbench-baseline profile lint fmt fmt-check check image install clean
 
 build: ## the static binary, ./mprox
 	go build -trimpath -ldflags '$(LDFLAGS)' -o mprox ./cmd/mprox
@@ -74,6 +74,13 @@ fmt-check:
 	$(TOOL) golangci-lint fmt --diff ./...
 
 check: fmt-check lint race cross e2e ## what .ci/run runs
+
+IMAGE ?= mprox
+CA_BUNDLE ?= /etc/ssl/certs/ca-certificates.crt
+image: build ## the container image, FROM scratch (needs docker)
+	install -D -m 0755 mprox dist/image/mprox
+	install -D -m 0644 $(CA_BUNDLE) dist/image/ca-certificates.crt
+	docker build -q -t $(IMAGE) -f packaging/Dockerfile dist/image
 
 install: build
 	install -D -m 0755 mprox $(DESTDIR)$(PREFIX)/bin/mprox

@@ -91,6 +91,15 @@ func Open(cfg Config) (*Device, error) {
 	return d, nil
 }
 
+// Available reports what is missing before anything is changed: the same errors as Open's, but for those of the device itself.
+func Available() error {
+	fd, err := unix.Open(clonePath, unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return explain("", err)
+	}
+	return unix.Close(fd)
+}
+
 func (c Config) withDefaults() (Config, error) {
 	if c.Name == "" {
 		c.Name = "tun%d"
@@ -198,7 +207,7 @@ func attach(name string, multi, create bool) (int, string, error) {
 func explain(name string, err error) error {
 	switch {
 	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENODEV), errors.Is(err, unix.ENXIO):
-		return fmt.Errorf("%w: %s is missing: run `modprobe tun`, or give the container `--device /dev/net/tun` (%w)", ErrNoDevice, clonePath, err)
+		return fmt.Errorf("%w: %s is missing: run `modprobe tun`, or give the container devices: [/dev/net/tun] (%w)", ErrNoDevice, clonePath, err)
 	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
 		return fmt.Errorf("%w: run as root, or give the process or container CAP_NET_ADMIN and access to %s (%w)", ErrNoPermission, clonePath, err)
 	case errors.Is(err, unix.EBUSY):

@@ -91,6 +91,9 @@ func leaktest(ctx context.Context, g *globals, name string) (r leakReport, err e
 		return r, usageError("no context captures the whole host: name one with --context")
 	}
 	opt := leak.Options{Mask: policy.DefaultMask, Packet: alive && name == ""}
+	if f, err := host.Features(); err == nil && alive && name == "" {
+		opt.OwnMark = !f.Cgroup2 || !f.NFTSocket
+	}
 	before, err := host.NFTables(guardTable)
 	if err != nil {
 		return r, err

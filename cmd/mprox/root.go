@@ -80,7 +80,7 @@ Exit codes: 0 ok, 1 failed, 2 wrong usage, 3 invalid configuration, 4 missing pr
 		newUpCommand(g), newDownCommand(g), newCleanupCommand(g), newRunCommand(g), newAttachCommand(g), newDetachCommand(g), newReloadCommand(g),
 		newStatusCommand(g), newFlowsCommand(g), newAppsCommand(g), newContextsCommand(g), newUpstreamsCommand(g), newStatsCommand(g), newExplainCommand(g), newDNSCommand(g),
 		newCheckCommand(g), newFmtCommand(g), newSchemaCommand(), newInitCommand(g), newHealthcheckCommand(g), newGuardCommand(g), newLeaktestCommand(g),
-		newServeCommand(g), newForwardCommand(g), newDemoCommand(),
+		newServeCommand(g), newHoldCommand(), newForwardCommand(g), newDemoCommand(),
 		newCompletionCommand(), newManCommand(), newVersionCommand(g),
 	)
 	root.InitDefaultHelpCmd()

@@ -35,7 +35,11 @@ func newUpCommand(g *globals) *cobra.Command {
 		Long: `Runs the daemon in the foreground until Ctrl-C, SIGTERM or "mprox down", and then undoes everything it has changed.
 
 Configured by a file (-c, or /etc/mprox/config.json), or by --proxy and the flags beside it. SIGHUP reads the file again.
-When the daemon is killed, captured traffic stays blocked until the next "mprox up" or "mprox cleanup".`,
+When the daemon is killed, captured traffic stays blocked until the next "mprox up" or "mprox cleanup".
+
+In containers, where no flag says it: MPROX_PROXY (comma list = a pool) or MPROX_CONFIG, MPROX_DNS, MPROX_BYPASS, MPROX_TUN, MPROX_MTU,
+MPROX_INPUT_PORTS, MPROX_ALLOW_LAN=on|PREFIXES, MPROX_KILLSWITCH=on|off, MPROX_LOG_LEVEL, MPROX_HTTP_LISTEN; each also as NAME_FILE. PROXY, TUN
+and MTU are the same as with MPROX_.`,
 		Example: `  mprox up --proxy socks5h://user:password@192.0.2.10:1080
   mprox up --proxy socks5h://a.example:1080 --proxy http://b.example:3128 --strategy failover
   mprox up --proxy socks5h://192.0.2.10:1080 --dns tcp://192.0.2.53 --bypass 198.51.100.0/24
@@ -56,7 +60,12 @@ When the daemon is killed, captured traffic stays blocked until the next "mprox 
 }
 
 func up(cmd *cobra.Command, g *globals, f upFlags) error {
-	load := f.loader(g)
+	e, err := readEnvironment(os.LookupEnv)
+	if err != nil {
+		return err
+	}
+	e.fill(g, &f)
+	load := f.loader(g, &e)
 	cfg, digest, err := load()
 	if err != nil {
 		return err
@@ -99,6 +108,7 @@ func serveDaemon(ctx context.Context, d *daemon.Daemon, warnings []*config.Error
 			}
 		}
 	}()
+	defer reapOrphans(d.Own)()
 	err := d.Run(ctx, func() {
 		notify("READY=1")
 		for _, w := range warnings {
@@ -113,10 +123,13 @@ func serveDaemon(ctx context.Context, d *daemon.Daemon, warnings []*config.Error
 }
 
 // loader returns what reads the configuration: the flags, or the file.
-func (f upFlags) loader(g *globals) daemon.Loader {
+func (f upFlags) loader(g *globals, e *environment) daemon.Loader {
 	if len(f.Proxy) > 0 {
 		return func() (*config.Config, string, error) {
 			cfg, err := config.FromFlags(f.OneLiner, daemon.Check)
+			if err == nil {
+				e.over(cfg)
+			}
 			return cfg, "", err
 		}
 	}
@@ -132,6 +145,7 @@ func (f upFlags) loader(g *globals) daemon.Loader {
 		if err != nil {
 			return nil, "", err
 		}
+		e.over(cfg)
 		sum := sha256.Sum256(data)
 		return cfg, hex.EncodeToString(sum[:]), nil
 	}

@@ -23,6 +23,9 @@ import (
 	"github.com/mutex-proxy/mutex/routing"
 )
 
+// dockerResolver is the resolver inside a container on a network of its own.
+const dockerResolver = "127.0.0.11:53"
+
 // direct is the built-in upstream that dials without a proxy.
 const direct = "direct"
 
@@ -381,6 +384,11 @@ func buildDNS(cfg *config.Config, name string, u *upstreams, see view, env conte
 			rule.Via = u.find(r.Via, see)
 		}
 		d.Rules = append(d.Rules, rule)
+	}
+	if env.docker {
+		// Names without a dot are other containers'. Nobody else is asked for them, and Docker's resolver is asked for nothing else.
+		d.Rules = append(d.Rules, dns.Rule{Domain: []string{"*"}, Servers: []string{"udp://" + dockerResolver}, Via: u.find(direct, see)})
+		d.Fake.Exclude = append(slices.Clone(d.Fake.Exclude), "*")
 	}
 	return d
 }

@@ -24,6 +24,7 @@ import (
 	"github.com/mutex-proxy/mutex/dialers"
 	"github.com/mutex-proxy/mutex/flow"
 	"github.com/mutex-proxy/mutex/policy"
+	"github.com/mutex-proxy/mutex/tun"
 )
 
 const (
@@ -61,6 +62,7 @@ type Daemon struct {
 	manager   *policy.Manager
 	life      context.Context //nolint:containedctx // the daemon's own, for what outlives the call that began it
 	stop      context.CancelFunc
+	docker    bool           // see contextEnv
 	leftovers sync.WaitGroup // leases that have ended, waiting for their last process; keepMemory
 	ready     atomic.Bool
 	watcher   watcher
@@ -128,6 +130,11 @@ func (d *Daemon) start(ctx context.Context) error {
 	if d.host, err = policy.NewLinuxHost(); err != nil {
 		return err
 	}
+	if len(enabled(d.cfg)) > 0 {
+		if err := tun.Available(); err != nil {
+			return err
+		}
+	}
 	if d.owners, err = policy.NewOwners(d.host); err != nil {
 		return err
 	}
@@ -140,6 +147,7 @@ func (d *Daemon) start(ctx context.Context) error {
 	d.net = dialers.NewNet(dialers.NetConfig{
 		Mark: policy.BypassMark(mask), MarkMask: mask, Nameservers: snap.Nameservers, Log: d.log,
 	})
+	d.docker = slices.Contains(snap.Nameservers, netip.MustParseAddrPort(dockerResolver))
 	if d.ups, err = buildUpstreams(d.cfg, d.net, nil); err != nil {
 		return err
 	}
@@ -226,7 +234,7 @@ func (d *Daemon) StopClosed() {
 }
 
 func (d *Daemon) contextEnv(stateDir string) contextEnv {
-	return contextEnv{net: d.net, owner: owner{d.owners}, ids: &d.ids, recorder: d.metrics, stateDir: stateDir, log: d.log}
+	return contextEnv{net: d.net, owner: owner{d.owners}, ids: &d.ids, recorder: d.metrics, stateDir: stateDir, docker: d.docker, log: d.log}
 }
 
 // enabled lists the contexts that capture anything, in a fixed order: their position is their slot, and with it mark and table.

@@ -35,6 +35,7 @@ const (
 type watcher struct {
 	mu      sync.Mutex // guards what follows
 	in      io.WriteCloser
+	pid     int
 	gone    bool // dismissed
 	running sync.WaitGroup
 }
@@ -63,11 +64,11 @@ func (w *watcher) want(d *Daemon) {
 		d.log.Error("no watcher: should the daemon be killed, everything stays blocked in spite of on_crash: open", zap.Error(err))
 		return
 	}
-	w.in = in
+	w.in, w.pid = in, cmd.Process.Pid
 	w.running.Go(func() {
 		err := cmd.Wait()
 		w.mu.Lock()
-		w.in = nil
+		w.in, w.pid = nil, 0
 		gone := w.gone
 		w.mu.Unlock()
 		if gone {
@@ -80,6 +81,13 @@ func (w *watcher) want(d *Daemon) {
 		case <-d.life.Done():
 		}
 	})
+}
+
+// Own reports whether a process is a child of the daemon's own making.
+func (d *Daemon) Own(pid int) bool {
+	d.watcher.mu.Lock()
+	defer d.watcher.mu.Unlock()
+	return pid == d.watcher.pid
 }
 
 // dismiss ends the process, and waits for it.

@@ -47,6 +47,8 @@ type Options struct {
 	Mask uint32 // of marks; the values of bypass and inbound are those of package policy
 	// Packet says whether AF_PACKET can be tried: the guard must have had the chance to learn of the device.
 	Packet bool
+	// OwnMark says that the bypass mark counts for this process too: without a writable cgroup v2 (containers) it counts for the daemon's user.
+	OwnMark bool
 	// Ready is called when the device is there, before anything is tried, so that a living daemon can follow. May be nil.
 	Ready func(context.Context)
 }

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -73,8 +74,13 @@ func ways(dev string, opt Options, v6 bool) []way {
 			{", inbound mark", marked(policy.InboundMark(opt.Mask))},
 			{", bypass mark and device", both(marked(policy.BypassMark(opt.Mask)), bound(dev))},
 		} {
+			saved := skip
+			if opt.OwnMark && strings.Contains(o.name, "bypass") {
+				skip = "the mark counts for all processes of the daemon's user: no writable cgroup v2"
+			}
 			add("TCP"+o.name, unix.IPPROTO_TCP, func(port uint16) error { return send(dst, unix.SOCK_STREAM, 0, port, nil, o.opt) })
 			add("UDP"+o.name, unix.IPPROTO_UDP, func(port uint16) error { return send(dst, unix.SOCK_DGRAM, 0, port, []byte("x"), o.opt) })
+			skip = saved
 		}
 		icmp := uint8(unix.IPPROTO_ICMP)
 		if dst.Is6() {
