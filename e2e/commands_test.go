@@ -36,7 +36,7 @@ func TestStatusAndFlows(t *testing.T) {
 	wantFields(t, m, []string{"status", "-o", "json"}, "guard", "active dropped_packets")
 	wantFields(t, m, []string{"status", "-o", "json"}, "dns", "queries cache_hits blocked failures")
 	flowFields := "id context network src dst host host_source protocol confidence app rule upstream state handshake start duration_seconds " +
-		"bytes_up bytes_down packets_up packets_down connect_seconds error"
+		"bytes_up bytes_down packets_up packets_down connect_seconds error path path_reason"
 	wantFields(t, m, []string{"flows", "-o", "json"}, "", flowFields)
 	wantFields(t, m, []string{"flows", "-o", "json"}, "app", "pid uid gid exe cgroup method")
 	wantFields(t, m, []string{"contexts", "-o", "json"}, "", "name mode")

@@ -204,28 +204,6 @@ func expand(pattern string) []string {
 	return list[:min(len(list), maxFiles)]
 }
 
-// expandDir is expand for all but the last element.
-func expandDir(pattern string) []string {
-	var out []string
-	for _, d := range expand(path.Dir(pattern)) {
-		out = append(out, path.Join(d, path.Base(pattern)))
-	}
-	return out
-}
-
-// resolved is where the symbolic links of what a pattern means lead to: the kernel knows the end only.
-func resolved(pattern string) []string {
-	var out []string
-	for _, p := range expand(pattern) {
-		if real, err := filepath.EvalSymlinks(p); err == nil && real != p && globless(real) {
-			out = append(out, real)
-		}
-	}
-	return out
-}
-
-func globless(p string) bool { return !strings.ContainsAny(p, `*?[\`) }
-
 // seed writes what exists already: cgroups, and processes. The tracepoints are attached, so that nothing new is missed meanwhile.
 func (h *LinuxHost) seed(s *bpfState, old []string) error {
 	if err := h.seedCgroups(s); err != nil {

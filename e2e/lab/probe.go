@@ -33,6 +33,13 @@ type Probe struct {
 
 // Probes are all ways known to us. The loopback resolvers asked must be trapped by the test.
 func Probes() []Probe {
+	return append(SocketProbes(),
+		Probe{"packet4", func() error { return packetProbe(ClientV4, OriginV4, probePort) }},
+		Probe{"packet6", func() error { return packetProbe(ClientV6, OriginV6, probePort) }})
+}
+
+// SocketProbes are the ways of sockets that speak IP. AF_PACKET is closed only where the whole machine is captured (README).
+func SocketProbes() []Probe {
 	var ps []Probe
 	add := func(name string, run func() error) { ps = append(ps, Probe{name, run}) }
 	for _, dst := range []netip.Addr{OriginV4, OriginV6} {
@@ -61,8 +68,6 @@ func Probes() []Probe {
 			return sendUDP("udp"+fam, netip.AddrPortFrom(dst, probePort), make([]byte, 4000), bindToDevice)
 		})
 	}
-	add("packet4", func() error { return packetProbe(ClientV4, OriginV4, probePort) })
-	add("packet6", func() error { return packetProbe(ClientV6, OriginV6, probePort) })
 	add("udp4 multicast", func() error { return sendUDP("udp4", netip.MustParseAddrPort("239.1.2.3:9999"), []byte("x"), nil) })
 	return append(ps, DNSProbes()...)
 }
@@ -125,7 +130,7 @@ func Helper() {
 	case "":
 		return
 	case "probe":
-		fmt.Println(strings.Join(RunProbes(Probes()), "\n"))
+		fmt.Println(strings.Join(RunProbes(SocketProbes()), "\n"))
 	default:
 		fmt.Fprintln(os.Stderr, "unknown helper")
 		os.Exit(1)
