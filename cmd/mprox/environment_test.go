@@ -47,8 +47,14 @@ func TestEnvironment(t *testing.T) {
 
 func TestEnvironmentRefuses(t *testing.T) {
 	for _, vars := range []map[string]string{
-		{"MPROX_PROXY": "a", "MPROX_PROXY_FILE": "/b"}, {"MPROX_PROXY_FILE": "/no/such/file"}, {"MPROX_MTU": "big"}, {"MPROX_INPUT_PORTS": "0"},
-		{"MPROX_INPUT_PORTS": "9-8"}, {"MPROX_INPUT_PORTS": "65536"}, {"MPROX_ALLOW_LAN": "maybe"}, {"MPROX_KILLSWITCH": "1"},
+		{"MPROX_PROXY": "a", "MPROX_PROXY_FILE": "/b"},
+		{"MPROX_PROXY_FILE": "/no/such/file"},
+		{"MPROX_MTU": "big"},
+		{"MPROX_INPUT_PORTS": "0"},
+		{"MPROX_INPUT_PORTS": "9-8"},
+		{"MPROX_INPUT_PORTS": "65536"},
+		{"MPROX_ALLOW_LAN": "maybe"},
+		{"MPROX_KILLSWITCH": "1"},
 	} {
 		if e, err := readEnvironment(lookupIn(vars)); err == nil {
 			t.Errorf("%v: %+v", vars, e)
