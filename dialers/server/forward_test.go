@@ -28,8 +28,12 @@ func TestForward(t *testing.T) {
 	host := strings.TrimPrefix(origin.URL, "http://")
 	for password, want := range map[string]int{secret: 200, "wrong": 407} {
 		tr := &http.Transport{Proxy: http.ProxyURL(&url.URL{Scheme: "http", Host: at.String(), User: url.UserPassword("alice", password)})}
+		body := strings.Repeat("body", 50_000)
+		if want != 200 {
+			body = body[:lingerBytes/2] // of a larger one not all is read, and the client may see that before the reply
+		}
 		for range 2 {
-			req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, origin.URL+"/a/b?c=d", strings.NewReader(strings.Repeat("body", 50_000)))
+			req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, origin.URL+"/a/b?c=d", strings.NewReader(body))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -40,7 +44,7 @@ func TestForward(t *testing.T) {
 			}
 			b, err := io.ReadAll(resp.Body)
 			resp.Body.Close()
-			if resp.StatusCode != want || want == 200 && (err != nil || string(b) != "POST "+host+" /a/b?c=d kept "+strings.Repeat("body", 50_000)) {
+			if resp.StatusCode != want || want == 200 && (err != nil || string(b) != "POST "+host+" /a/b?c=d kept "+body) {
 				t.Errorf("%s: %d %.80q %v", password, resp.StatusCode, b, err)
 			}
 		}
