@@ -41,6 +41,8 @@ type NetConfig struct {
 	HostsFile string
 	// KeepAlive is the idle time before the first TCP keep-alive probe; 0 means 60 s, negative turns probes off.
 	KeepAlive time.Duration
+	// NoSegment sends datagrams one by one, as on kernels without UDP_SEGMENT: for tests of that fall-back.
+	NoSegment bool
 	Log       *zap.Logger      // nil = none
 	Now       func() time.Time // nil = time.Now
 }

@@ -32,12 +32,15 @@ type mmsghdr struct {
 	n   uint32
 }
 
-// batch is the scratch memory of one recvmmsg or sendmmsg: 26 KB, kept in Net.batches while no call runs.
+// batch is the scratch memory of one recvmmsg or sendmmsg: 28 KB, kept in Net.batches while no call runs.
 type batch struct {
 	hdrs  [batchSize]mmsghdr
 	iovs  [batchSize][3]unix.Iovec
 	heads [batchSize][headMax]byte
 	names [batchSize]unix.RawSockaddrInet6
+
+	counts   [batchSize]uint8 // datagrams in each message; see segmenter
+	controls [batchSize]segmentControl
 }
 
 func (n *Net) getBatch() *batch {
@@ -82,13 +85,20 @@ type batchConn struct {
 		err   error
 		ready func(fd uintptr) bool // made once: a closure a call would be an allocation a call
 	}
+	segments segmenter // guarded by wr.mu
 }
 
 func (c *batchConn) init(n *Net, u *net.UDPConn, cd codec, dropped *atomic.Uint64) (err error) {
 	c.UDPConn, c.net, c.codec, c.dropped = u, n, cd, dropped
-	c.raw, err = u.SyscallConn()
+	if c.raw, err = u.SyscallConn(); err != nil {
+		return err
+	}
 	c.rd.ready, c.wr.ready = c.recv, c.send
-	return err
+	return c.raw.Control(func(fd uintptr) {
+		if !n.cfg.NoSegment && canSegment(int(fd)) {
+			c.segments.limit = maxTrain
+		}
+	})
 }
 
 // ReadBatch waits for at least one datagram and takes what else is there.
@@ -198,19 +208,22 @@ func (c *batchConn) send(fd uintptr) bool {
 		if k == 0 {
 			break
 		}
+		k = c.segments.join(b, k)
 		sent, errno := mmsg(unix.SYS_SENDMMSG, fd, b.hdrs[:k])
 		if errno != 0 || sent < k {
 			w.err = nil // the datagram that cannot be sent is not the next one yet
 		}
-		switch errno {
-		case 0:
-			w.n += sent
-		case unix.EINTR:
-		case unix.EAGAIN:
+		switch {
+		case errno == 0:
+			for _, n := range b.counts[:sent] {
+				w.n += int(n)
+			}
+		case errno == unix.EINTR, c.segments.failed(b, errno):
+		case errno == unix.EAGAIN:
 			return false
-		case unix.ENOBUFS: // the device's queue is full: a loss like any other on the way
-			c.dropped.Add(1)
-			w.n++
+		case errno == unix.ENOBUFS: // the device's queue is full: a loss like any other on the way
+			c.dropped.Add(uint64(b.counts[0]))
+			w.n += int(b.counts[0])
 		default:
 			w.err = errno // the first of them is at fault; the others have not been tried
 		}

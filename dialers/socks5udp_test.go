@@ -320,7 +320,11 @@ func BenchmarkAssociationWrite(b *testing.B) {
 		b.Fatal(err)
 	}
 	defer relay.Close()
-	n := NewNet(NetConfig{})
+	benchmarkWrite(b, NewNet(NetConfig{}), relay)
+}
+
+func benchmarkWrite(b *testing.B, n *Net, relay *net.UDPConn) {
+	b.Helper()
 	c, err := n.DialUDP(b.Context(), relay.LocalAddr().(*net.UDPAddr).AddrPort())
 	if err != nil {
 		b.Fatal(err)
