@@ -65,6 +65,59 @@ func (s *sender) udp(src, dst netip.AddrPort, payload []byte) bool {
 	return true
 }
 
+// trainMax bounds the datagrams of a train that is sent: header and payloads then fit in one system call of tun.Queue.Write without a copy.
+const trainMax = 28
+
+// train returns how many of ds, which come from src, can leave as one packet that the kernel splits (USO): at least 1. All but the last are
+// of one size, and none needs fragments.
+func (s *sender) train(src netip.AddrPort, ds []flow.Datagram) int {
+	size := len(ds[0].Buf)
+	if !s.link.dev.USO() || size == 0 || !s.fits(src.Addr().Is4(), header.UDPMinimumSize+size) {
+		return 1
+	}
+	total, n := header.IPv6MinimumSize+header.UDPMinimumSize+size, 1
+	for n < len(ds) && n < trainMax {
+		next := len(ds[n].Buf)
+		if next == 0 || next > size || total+next > tun.MaxPacket || ds[n].Addr.Port != src.Port() || ds[n].Addr.IP.Unmap() != src.Addr() {
+			break
+		}
+		n++
+		if total += next; next < size {
+			break
+		}
+	}
+	return n
+}
+
+// udpTrain sends datagrams that train has found to go together: one walk through the kernel instead of one each. The application's socket
+// gets them one by one, or, if it has asked for that with UDP_GRO, as they come.
+func (s *sender) udpTrain(src, dst netip.AddrPort, ds []flow.Datagram) {
+	v4 := src.Addr().Is4()
+	length := header.UDPMinimumSize
+	var room [2 + trainMax][]byte
+	for i := range ds {
+		room[2+i] = ds[i].Buf
+		length += len(ds[i].Buf)
+	}
+	h := tun.Header{Flags: tun.NeedsChecksum, GSOType: tun.GSOUDP, GSOSize: uint16(len(ds[0].Buf)), CsumOffset: 6}
+	var head [header.UDPMinimumSize]byte
+	binary.BigEndian.PutUint16(head[0:], src.Port())
+	binary.BigEndian.PutUint16(head[2:], dst.Port())
+	binary.BigEndian.PutUint16(head[4:], uint16(length))
+	binary.BigEndian.PutUint16(head[6:], pseudoSum(header.UDPProtocolNumber, src.Addr(), dst.Addr(), length))
+	var ip [header.IPv6MinimumSize]byte
+	h.CsumStart = uint16(len(ip))
+	if v4 {
+		h.CsumStart = header.IPv4MinimumSize
+		put4((*[header.IPv4MinimumSize]byte)(ip[:]), header.UDPProtocolNumber, src.Addr(), dst.Addr(), 0, ip4DontFragment, length)
+	} else {
+		put6(&ip, header.UDPProtocolNumber, src.Addr(), dst.Addr(), length)
+	}
+	h.HdrLen = h.CsumStart + header.UDPMinimumSize
+	room[0], room[1] = ip[:h.CsumStart], head[:]
+	s.link.send(queueHash(src.Addr(), dst.Addr()), &h, room[:2+len(ds)]...)
+}
+
 // ip sends the transport header head and the payload, in fragments if they do not fit; h must then ask for nothing.
 func (s *sender) ip(h *tun.Header, proto tcpip.TransportProtocolNumber, src, dst netip.Addr, head, payload []byte) {
 	length := len(head) + len(payload)

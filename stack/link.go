@@ -267,7 +267,12 @@ func (r *reader) Packet(h *tun.Header, n int) {
 	p := &r.pkt
 	switch p.parse(r.buf[:n], h); p.verdict {
 	case toUDP:
-		r.udp(p.src, p.dst, p.payload)
+		rest := p.payload
+		for len(rest) > p.segment {
+			r.udp(p.src, p.dst, rest[:p.segment])
+			rest = rest[p.segment:]
+		}
+		r.udp(p.src, p.dst, rest)
 	case toNetstack:
 		r.deliver(r.trusted, p)
 	case toNetstackSlow:

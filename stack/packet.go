@@ -18,7 +18,7 @@ type verdict uint8
 
 const (
 	dropped        verdict = iota // packet.why says why
-	toUDP                         // a whole, verified UDP datagram: past netstack, to its socket's session
+	toUDP                         // a whole, verified UDP datagram or a train of them: past netstack, to its socket's session
 	toNetstack                    // netstack may skip the checksums: the kernel vouches for them
 	toNetstackSlow                // netstack must verify everything: forwarded traffic, fragments, anything unusual
 )
@@ -31,8 +31,9 @@ type packet struct {
 	length  int // of the IP packet; bytes after it are padding
 	headers int // bytes of IP and TCP header; 0 if it is not plain TCP
 
-	src, dst netip.AddrPort // toUDP only, as is payload
+	src, dst netip.AddrPort // toUDP only, as are payload and segment
 	payload  []byte
+	segment  int // bytes of each datagram of the payload, but for the last, which may be shorter; at least 1, unless there is no payload
 }
 
 // IPv4 and IPv6 field offsets that gVisor's header package does not export (RFC 791 section 3.1, RFC 8200 section 3).
@@ -141,7 +142,7 @@ func (p *packet) transport(b []byte, h *tun.Header, at int, proto tcpip.Transpor
 	verified := !untrusted && vouched(h, at, len(b))
 	switch {
 	case plain && proto == header.UDPProtocolNumber:
-		p.udp(b[at:], verified, src, dst)
+		p.udp(b[at:], h, verified, src, dst)
 		return
 	case plain && proto == header.TCPProtocolNumber && len(b) >= at+header.TCPMinimumSize:
 		if n := at + int(b[at+header.TCPDataOffset]>>4)*4; n >= at+header.TCPMinimumSize && n <= len(b) {
@@ -154,12 +155,16 @@ func (p *packet) transport(b []byte, h *tun.Header, at int, proto tcpip.Transpor
 	}
 }
 
-// trainOK says whether the kernel may have made a train of segments of this packet: only TCP without options in front of it is asked for.
+// trainOK says whether the kernel may have made a train of this packet: only TCP and UDP without options in front of it are asked for.
 func (p *packet) trainOK(h *tun.Header, plain bool, proto tcpip.TransportProtocolNumber) bool {
-	if !plain || proto != header.TCPProtocolNumber {
+	switch {
+	case !plain:
 		return false
-	}
-	if p.proto == header.IPv4ProtocolNumber {
+	case proto == header.UDPProtocolNumber:
+		return h.GSOType == tun.GSOUDP && h.GSOSize > 0
+	case proto != header.TCPProtocolNumber:
+		return false
+	case p.proto == header.IPv4ProtocolNumber:
 		return h.GSOType == tun.GSOTCP4
 	}
 	return h.GSOType == tun.GSOTCP6
@@ -175,13 +180,15 @@ func vouched(h *tun.Header, at, length int) bool {
 	return h.Flags&tun.ChecksumValid != 0
 }
 
-// udp checks a UDP datagram, b being its header and everything after (RFC 768, RFC 8200 section 8.1).
-func (p *packet) udp(b []byte, verified bool, src, dst netip.Addr) {
+// udp checks a UDP datagram, b being its header and everything after (RFC 768, RFC 8200 section 8.1). Of a train (what an application has
+// sent with UDP_SEGMENT) the header is that of all of it; its checksum can only be the kernel's to answer for.
+func (p *packet) udp(b []byte, h *tun.Header, verified bool, src, dst netip.Addr) {
 	if len(b) < header.UDPMinimumSize || int(binary.BigEndian.Uint16(b[4:])) != len(b) {
 		p.drop(dropMalformed)
 		return
 	}
-	if !verified && !udpChecksumOK(b, src, dst) {
+	train := h.GSOType != tun.GSONone
+	if !verified && (train || !udpChecksumOK(b, src, dst)) {
 		p.drop(dropChecksum)
 		return
 	}
@@ -189,6 +196,10 @@ func (p *packet) udp(b []byte, verified bool, src, dst netip.Addr) {
 	p.src = netip.AddrPortFrom(src, binary.BigEndian.Uint16(b))
 	p.dst = netip.AddrPortFrom(dst, binary.BigEndian.Uint16(b[2:]))
 	p.payload = b[header.UDPMinimumSize:]
+	p.segment = len(p.payload)
+	if train {
+		p.segment = min(p.segment, int(h.GSOSize))
+	}
 }
 
 func udpChecksumOK(b []byte, src, dst netip.Addr) bool {

@@ -343,11 +343,21 @@ func (u *udpSession) SetReadDeadline(t time.Time) error {
 
 // Deliver sends the datagrams to the application's socket, each as if from its Addr.
 func (u *udpSession) Deliver(ds []flow.Datagram) {
-	for i := range ds {
-		src := netip.AddrPortFrom(ds[i].Addr.IP.Unmap(), ds[i].Addr.Port)
-		if src.Addr().Is4() != u.src.Addr().Is4() || !src.IsValid() || !u.t.s.send.udp(src, u.src, ds[i].Buf) {
+	send := &u.t.s.send
+	for len(ds) > 0 {
+		src := netip.AddrPortFrom(ds[0].Addr.IP.Unmap(), ds[0].Addr.Port)
+		n := 1
+		switch {
+		case !src.IsValid() || src.Addr().Is4() != u.src.Addr().Is4():
 			u.t.s.count.drop(dropUDPReply)
+		default:
+			if n = send.train(src, ds); n > 1 {
+				send.udpTrain(src, u.src, ds[:n])
+			} else if !send.udp(src, u.src, ds[0].Buf) {
+				u.t.s.count.drop(dropUDPReply)
+			}
 		}
+		ds = ds[n:]
 	}
 }
 

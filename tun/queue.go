@@ -30,6 +30,7 @@ type Queue struct {
 	file *os.File
 	raw  syscall.RawConn
 	fd   int // of file; for Write, which must not take the poller's lock nor allocate a closure a packet
+	skip int // 1 = the device has no virtio-net header: system calls are given all pieces but that
 
 	stopped atomic.Bool
 
@@ -37,12 +38,15 @@ type Queue struct {
 	closed bool
 }
 
-func newQueue(f *os.File) (*Queue, error) {
+func newQueue(f *os.File, plain bool) (*Queue, error) {
 	raw, err := f.SyscallConn()
 	if err != nil {
 		return nil, err
 	}
 	q := &Queue{file: f, raw: raw}
+	if plain {
+		q.skip = 1
+	}
 	if err := raw.Control(func(fd uintptr) { q.fd = int(fd) }); err != nil {
 		return nil, err
 	}
@@ -59,7 +63,7 @@ func (q *Queue) Receive(r Receiver) error {
 	)
 	err := q.raw.Read(func(uintptr) bool {
 		for !q.stopped.Load() {
-			n, err := readv(q.fd, &wire, r.Buffer())
+			n, err := q.readv(&wire, r.Buffer())
 			switch {
 			case err == unix.EAGAIN:
 				r.Idle()
@@ -69,7 +73,7 @@ func (q *Queue) Receive(r Receiver) error {
 			case err != 0:
 				fail = fmt.Errorf("tun: read: %w", err)
 				return true
-			case n < HeaderLen: // 0: the other end of a fake link was closed
+			case n < HeaderLen || n == HeaderLen && q.skip != 0: // 0: the other end of a fake link was closed
 				fail = fmt.Errorf("tun: read: %w", os.ErrClosed)
 				return true
 			}
@@ -124,7 +128,7 @@ func (q *Queue) Write(h *Header, pieces ...[]byte) error {
 		return os.ErrClosed
 	}
 	for {
-		_, _, err := unix.Syscall(unix.SYS_WRITEV, uintptr(q.fd), uintptr(unsafe.Pointer(&iov[0])), uintptr(n))
+		_, _, err := unix.Syscall(unix.SYS_WRITEV, uintptr(q.fd), uintptr(unsafe.Pointer(&iov[q.skip])), uintptr(n-q.skip))
 		switch err {
 		case 0:
 			return nil
@@ -154,14 +158,15 @@ func join(pieces [][]byte) []byte {
 	return all
 }
 
-// readv reads one packet, its header into wire. Unlike unix.Readv it does not allocate.
-func readv(fd int, wire *[HeaderLen]byte, buf []byte) (int, unix.Errno) {
+// readv reads one packet, its header into wire, and returns the length of both: of a device without headers the header is always zero. Unlike
+// unix.Readv it does not allocate.
+func (q *Queue) readv(wire *[HeaderLen]byte, buf []byte) (int, unix.Errno) {
 	iov := [2]unix.Iovec{{Base: &wire[0]}, {Base: unsafe.SliceData(buf)}}
 	iov[0].SetLen(HeaderLen)
 	iov[1].SetLen(len(buf))
-	n, _, err := unix.Syscall(unix.SYS_READV, uintptr(fd), uintptr(unsafe.Pointer(&iov[0])), uintptr(len(iov)))
+	n, _, err := unix.Syscall(unix.SYS_READV, uintptr(q.fd), uintptr(unsafe.Pointer(&iov[q.skip])), uintptr(len(iov)-q.skip))
 	if err != 0 {
 		return 0, err
 	}
-	return int(n), 0
+	return int(n) + q.skip*HeaderLen, 0
 }

@@ -48,8 +48,11 @@ type Config struct {
 	MTU    int    // bytes, MinMTU to MaxMTU; 0 = DefaultMTU
 	Queues int    // descriptors to spread flows over, 1 to 256; 0 = 1
 
-	// NoOffload leaves checksum and segmentation offload off: every packet is then complete and no longer than the MTU.
-	NoOffload bool
+	// The fall-backs, which are taken by themselves where the kernel has less; set, they are forced. Each implies the ones before it.
+	//
+	// NoUSO leaves trains of UDP datagrams off, which Linux has since 6.2. NoOffload leaves checksum and TCP segmentation offload off too:
+	// every packet is then complete and no longer than the MTU. NoHeader goes without the virtio-net header.
+	NoUSO, NoOffload, NoHeader bool
 }
 
 // Device is an open TUN device. It is not persistent: the kernel removes it, with its addresses and routes, when it is closed or when the
@@ -59,6 +62,8 @@ type Device struct {
 	index   int
 	mtu     int
 	offload bool
+	uso     bool
+	plain   bool // without virtio-net header
 	queues  []*Queue
 	owner   wgtun.Device // nil for a device made by New; owns the first queue's file
 
@@ -73,7 +78,12 @@ func Open(cfg Config) (*Device, error) {
 	if err != nil {
 		return nil, err
 	}
-	fd, name, err := attach(cfg.Name, cfg.Queues > 1, true)
+	plain := cfg.NoHeader
+	fd, name, err := attach(cfg.Name, cfg.Queues > 1, plain, true)
+	if errors.Is(err, unix.EINVAL) && !plain {
+		plain = true
+		fd, name, err = attach(cfg.Name, cfg.Queues > 1, plain, true)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -83,7 +93,7 @@ func Open(cfg Config) (*Device, error) {
 	if err != nil {
 		return nil, fmt.Errorf("tun %s: %w", name, err)
 	}
-	d := &Device{name: name, mtu: cfg.MTU, owner: owner}
+	d := &Device{name: name, mtu: cfg.MTU, owner: owner, plain: plain}
 	if err := d.setUp(cfg); err != nil {
 		_ = d.Close()
 		return nil, fmt.Errorf("tun %s: %w", name, err)
@@ -123,35 +133,49 @@ func (c Config) withDefaults() (Config, error) {
 
 // setUp adopts the first queue, opens the others and sets offloads and MTU.
 func (d *Device) setUp(cfg Config) error {
-	q, err := newQueue(d.owner.File())
+	q, err := newQueue(d.owner.File(), d.plain)
 	if err != nil {
 		return err
 	}
 	d.queues = append(d.queues, q)
 	for len(d.queues) < cfg.Queues {
-		fd, _, err := attach(d.name, true, false)
+		fd, _, err := attach(d.name, true, d.plain, false)
 		if err != nil {
 			return err
 		}
-		q, err := newQueue(os.NewFile(uintptr(fd), clonePath))
+		q, err := newQueue(os.NewFile(uintptr(fd), clonePath), d.plain)
 		if err != nil {
 			return err
 		}
 		d.queues = append(d.queues, q)
 	}
-	// Not UDP segmentation (USO): the stack would have to split those trains, and does not.
-	want := unix.TUN_F_CSUM | unix.TUN_F_TSO4 | unix.TUN_F_TSO6
-	if cfg.NoOffload {
-		want = 0
+	if err := d.setOffload(cfg); err != nil {
+		return err
 	}
-	if err := unix.IoctlSetInt(q.fd, unix.TUNSETOFFLOAD, want); err != nil {
-		if err := unix.IoctlSetInt(q.fd, unix.TUNSETOFFLOAD, 0); err != nil {
-			return fmt.Errorf("set offloads: %w", err)
-		}
-		want = 0
-	}
-	d.offload = want != 0
 	return d.setMTU()
+}
+
+// setOffload asks for as much as the kernel has and the configuration allows.
+func (d *Device) setOffload(cfg Config) error {
+	const (
+		tso = unix.TUN_F_CSUM | unix.TUN_F_TSO4 | unix.TUN_F_TSO6
+		uso = tso | unix.TUN_F_USO4 | unix.TUN_F_USO6
+	)
+	wants := []int{uso, tso, 0}
+	switch {
+	case cfg.NoOffload || d.plain: // without a header the kernel could not say what it has left to us
+		wants = wants[2:]
+	case cfg.NoUSO:
+		wants = wants[1:]
+	}
+	var err error
+	for _, want := range wants {
+		if err = unix.IoctlSetInt(d.queues[0].fd, unix.TUNSETOFFLOAD, want); err == nil {
+			d.uso, d.offload = want == uso, want != 0
+			return nil
+		}
+	}
+	return fmt.Errorf("set offloads: %w", err)
 }
 
 // setMTU also learns the interface index. The socket is only a handle for the ioctls; it sends nothing.
@@ -177,12 +201,15 @@ func (d *Device) setMTU() error {
 }
 
 // attach opens one descriptor on the device, creating the device if create is set, and returns it with the device's real name.
-func attach(name string, multi, create bool) (int, string, error) {
+func attach(name string, multi, plain, create bool) (int, string, error) {
 	fd, err := unix.Open(clonePath, unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return -1, "", explain(name, err)
 	}
-	flags := uint16(unix.IFF_TUN | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
+	flags := uint16(unix.IFF_TUN | unix.IFF_NO_PI)
+	if !plain {
+		flags |= unix.IFF_VNET_HDR
+	}
 	if multi {
 		flags |= unix.IFF_MULTI_QUEUE
 	}
@@ -217,11 +244,12 @@ func explain(name string, err error) error {
 }
 
 // New makes a device of descriptors that are open already: a TUN that a privileged helper passed, or a fake link (tuntest). The files must
-// be non-blocking, move one packet with its virtio-net header a system call, and belong to the device from now on, also on error.
+// be non-blocking, move one packet with its virtio-net header a system call, and belong to the device from now on, also on error. offload
+// says that packets may come, and may be sent, as trains of TCP segments and without checksums.
 func New(name string, mtu int, offload bool, files ...*os.File) (*Device, error) {
 	d := &Device{name: name, mtu: mtu, offload: offload}
 	for _, f := range files {
-		q, err := newQueue(f)
+		q, err := newQueue(f, false)
 		if err != nil {
 			for _, f := range files {
 				_ = f.Close()
@@ -244,6 +272,9 @@ func (d *Device) MTU() int { return d.mtu }
 
 // Offload reports whether the kernel passes, and takes, packets without checksums and trains of TCP segments.
 func (d *Device) Offload() bool { return d.offload }
+
+// USO reports whether the kernel passes, and takes, trains of UDP datagrams.
+func (d *Device) USO() bool { return d.uso }
 
 // Queues returns the device's queues, at least one. Each is to be read by one goroutine.
 func (d *Device) Queues() []*Queue { return d.queues }

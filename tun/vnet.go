@@ -17,10 +17,10 @@ const HeaderLen = 10
 const MaxPacket = 65535
 
 // Header is the virtio-net header: what the sender of a packet left for the receiver to do. From the kernel it says which checksums
-// are still missing and that a packet is a train of TCP segments; towards the kernel it asks for the same.
+// are still missing and that a packet is a train of TCP segments or UDP datagrams; towards the kernel it asks for the same.
 type Header struct {
 	Flags      uint8  // NeedsChecksum, ChecksumValid
-	GSOType    uint8  // GSONone, GSOTCP4, GSOTCP6
+	GSOType    uint8  // GSONone, GSOTCP4, GSOTCP6, GSOUDP
 	HdrLen     uint16 // bytes of network and transport header; the kernel's own value is a hint only and may be too large
 	GSOSize    uint16 // payload bytes of each segment of the train
 	CsumStart  uint16 // offset of the transport header
@@ -35,6 +35,7 @@ const (
 	GSONone = unix.VIRTIO_NET_HDR_GSO_NONE
 	GSOTCP4 = unix.VIRTIO_NET_HDR_GSO_TCPV4
 	GSOTCP6 = unix.VIRTIO_NET_HDR_GSO_TCPV6
+	GSOUDP  = unix.VIRTIO_NET_HDR_GSO_UDP_L4 // of both families; Linux 6.2
 )
 
 // Decode reads the header from its wire form. A TUN uses the machine's byte order unless TUNSETVNETLE or TUNSETVNETBE is set.
