@@ -40,6 +40,7 @@ type loadSpec struct {
 	Seconds     float64 // for how long
 	Size        int     // bytes of a datagram or request
 	Outstanding int     // datagrams of a flow on their way
+	Train       int     // datagrams sent as one, by UDP_SEGMENT; 0 = one a system call
 	RTT         float64 // of the link to the server, in seconds
 }
 

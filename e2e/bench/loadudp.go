@@ -3,12 +3,17 @@
 package main
 
 import (
+	"bytes"
+	"encoding/binary"
 	"errors"
 	"net"
 	"net/netip"
 	"os"
 	"sync"
 	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
 )
 
 // lossAfter is how long a flow waits for a reply before it takes all that are outstanding for lost.
@@ -41,7 +46,7 @@ func (l *loader) dialUDP() (*udpFlow, error) {
 	return f, err
 }
 
-// udp keeps a number of datagrams outstanding on each flow. One datagram a system call, as most applications do.
+// udp keeps a number of datagrams outstanding on each flow: one a system call, as most applications do, or a train when so many are back.
 func (l *loader) udp() error {
 	flows := make([]*udpFlow, l.Streams)
 	for i := range flows {
@@ -72,6 +77,7 @@ func (l *loader) udp() error {
 
 func (l *loader) echoes(f *udpFlow, end time.Time) error {
 	out := append(f.head, make([]byte, l.Size)...)
+	train, option := bytes.Repeat(out, max(1, l.Train)), segmentOption(len(out))
 	in := make([]byte, 65536)
 	flying, got, lost := 0, uint64(0), uint64(0)
 	defer func() {
@@ -82,7 +88,12 @@ func (l *loader) echoes(f *udpFlow, end time.Time) error {
 	}()
 	armed := time.Time{}
 	for {
-		for ; flying < l.Outstanding; flying++ {
+		for ; l.Train > 0 && flying+l.Train <= l.Outstanding; flying += l.Train {
+			if _, _, err := f.WriteMsgUDPAddrPort(train, option, netip.AddrPort{}); err != nil {
+				return err
+			}
+		}
+		for ; l.Train == 0 && flying < l.Outstanding; flying++ {
 			if _, err := f.Write(out); err != nil {
 				return err
 			}
@@ -107,4 +118,14 @@ func (l *loader) echoes(f *udpFlow, end time.Time) error {
 			flying = max(0, flying-1)
 		}
 	}
+}
+
+// segmentOption is the control message that has the kernel split what is sent into datagrams of size bytes (udp(7)).
+func segmentOption(size int) []byte {
+	b := make([]byte, unix.CmsgSpace(2))
+	h := (*unix.Cmsghdr)(unsafe.Pointer(&b[0]))
+	h.Level, h.Type = unix.SOL_UDP, unix.UDP_SEGMENT
+	h.SetLen(unix.CmsgLen(2))
+	binary.NativeEndian.PutUint16(b[unix.CmsgLen(0):], uint16(size))
+	return b
 }

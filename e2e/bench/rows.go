@@ -71,6 +71,13 @@ func rows() []row {
 			spec: loadSpec{Kind: kindUDP, Streams: 8, Outstanding: 16, Size: size}, value: rate, per: count, scale: 1e6,
 		})
 	}
+	// The same with an application that hands its 16 datagrams to the kernel as one (UDP_SEGMENT), as QUIC libraries do.
+	for _, size := range []int{64, 1200} {
+		all = append(all, row{
+			name: fmt.Sprintf("udp-gso-%d", size), unit: "k echoes/s", costUnit: "µs/echo", udp: true,
+			spec: loadSpec{Kind: kindUDP, Streams: 8, Outstanding: 16, Size: size, Train: 16}, value: rate, per: count, scale: 1e6,
+		})
+	}
 	for _, link := range linkNames()[1:] {
 		for _, kind := range []string{kindUp, kindDown} {
 			for _, streams := range []int{1, 8} {
