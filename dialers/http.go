@@ -106,10 +106,13 @@ func (h *HTTP) dial(ctx context.Context, dst flow.Addr) (flow.Conn, error) {
 // closes, and where one that is shared has just ended.
 func (h *HTTP) ask(ctx context.Context, op string, dst flow.Addr) (flow.Conn, error) {
 	var l login
-	if c := h.h2.reserve(); c != nil {
+	if c := h.reserve(); c != nil {
 		conn, err := h.shared(ctx, c, dst, &l)
+		if err == nil {
+			return conn, nil
+		}
 		if !errors.Is(err, errStale) {
-			return conn, h.orEnded(ctx, op, err)
+			return nil, h.ended(ctx, op, err)
 		}
 	}
 	for {
@@ -121,20 +124,18 @@ func (h *HTTP) ask(ctx context.Context, op string, dst flow.Addr) (flow.Conn, er
 		if err == nil {
 			return conn, nil
 		}
-		if _, ok := errors.AsType[*keepConn](err); !ok {
-			tcp.Abort()
-		}
 		if !errors.Is(err, errReconnect) {
 			return nil, h.ended(ctx, op, err)
 		}
 	}
 }
 
-func (h *HTTP) orEnded(ctx context.Context, op string, err error) error {
-	if err == nil {
-		return nil
+// reserve returns a connection that others use too, with a place for one stream more; nil if there is none.
+func (h *HTTP) reserve() *h2Conn {
+	if h.tls == nil {
+		return nil // HTTP/2 is chosen in TLS
 	}
-	return h.ended(ctx, op, err)
+	return h.h2.reserve()
 }
 
 // shared asks on a connection that others use too.
@@ -147,15 +148,10 @@ func (h *HTTP) shared(ctx context.Context, c *h2Conn, dst flow.Addr, l *login) (
 		c.Release()
 		return nil, err
 	}
-	conn, err := h.overStream(ctx, c, dst, l)
-	if err != nil {
-		h.leave()
-		h.h2.rest(c)
-	}
-	return conn, err
+	return h.overStream(ctx, c, dst, l)
 }
 
-// through asks on a new connection, by what the proxy chooses of the protocols.
+// through asks on a new connection, by what the proxy chooses of the protocols. An error leaves it closed, or to the pool.
 func (h *HTTP) through(ctx context.Context, tcp *TCPConn, dst flow.Addr, l *login) (flow.Conn, error) {
 	var conn flow.Conn = tcp
 	var h2 *tls.Conn
@@ -178,6 +174,7 @@ func (h *HTTP) through(ctx context.Context, tcp *TCPConn, dst flow.Addr, l *logi
 		return err
 	})
 	if err != nil {
+		tcp.Abort()
 		return nil, err
 	}
 	if h2 == nil {
@@ -186,22 +183,12 @@ func (h *HTTP) through(ctx context.Context, tcp *TCPConn, dst flow.Addr, l *logi
 	}
 	c, err := h.h2.add(ctx, h2, tcp)
 	if err != nil {
+		tcp.Abort()
 		return nil, err
 	}
 	tcp.leave = nil // the place is the stream's
-	conn, err = h.overStream(ctx, c, dst, l)
-	if err != nil {
-		h.leave()
-		h.h2.rest(c)
-		return nil, &keepConn{err}
-	}
-	return conn, nil
+	return h.overStream(ctx, c, dst, l)
 }
-
-// keepConn is a no that leaves the connection to the proxy as good as before.
-type keepConn struct{ error }
-
-func (k *keepConn) Unwrap() error { return k.error }
 
 // headReader hands out the bytes of a reply's header, and keeps what follows it.
 type headReader interface {

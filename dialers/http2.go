@@ -136,11 +136,14 @@ func (p *h2Pool) close(c *h2Conn) {
 	}
 }
 
-// overStream asks for dst on a connection that is reserved, and counts the result as a flow whose place is taken already.
+// overStream asks for dst on a connection that is reserved, and counts the result as a flow whose place is taken already. An error gives
+// the place back and leaves the connection as good as before.
 func (h *HTTP) overStream(ctx context.Context, c *h2Conn, dst flow.Addr, l *login) (flow.Conn, error) {
 	a := &h2Asker{h: h, c: c, dst: dst, ctx: ctx, first: true}
 	if err := h.logIn(a, l); err != nil {
 		a.give()
+		h.leave()
+		h.h2.rest(c)
 		if c.Err() != nil && ctx.Err() == nil {
 			return nil, fmt.Errorf("%w: %w", errStale, err)
 		}
@@ -195,7 +198,7 @@ func (a *h2Asker) ask(l *login) (*response, []string, error) {
 		}
 	}
 	a.first = false
-	target := flow.Addr{Host: a.dst.Host, IP: a.dst.IP.Unmap().WithZone(""), Port: a.dst.Port}.String()
+	target := requestTarget(a.dst)
 	cred, secrets := a.h.credentials(target, l)
 	fields := http.Header{"User-Agent": nil}
 	for _, f := range a.h.spec.Headers {
@@ -271,9 +274,7 @@ func responseOf(resp *http.Response) *response {
 	r := &response{status: resp.StatusCode, reason: http.StatusText(resp.StatusCode), squid: f.Get("X-Squid-Error"), proxy: f.Get("Proxy-Status")}
 	r.challenges = f.Values("Proxy-Authenticate")
 	r.challenges = r.challenges[:min(len(r.challenges), maxChallenges)]
-	if c := ParseChallenges("info " + f.Get("Proxy-Authentication-Info")); len(c) == 1 {
-		r.nextnonce = c[0].Params["nextnonce"]
-	}
+	r.nextnonce = nextNonce(f.Get("Proxy-Authentication-Info"))
 	return r
 }
 
@@ -377,17 +378,3 @@ func (s *h2Stream) SetReadDeadline(t time.Time) error { return s.down.SetReadDea
 
 // SetWriteDeadline bounds Write.
 func (s *h2Stream) SetWriteDeadline(t time.Time) error { return s.up.SetWriteDeadline(t) }
-
-// closeAll ends all connections, with the streams on them.
-func (p *h2Pool) closeAll() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	for _, c := range p.conns {
-		if c.timer != nil {
-			c.timer.Stop()
-		}
-		_ = c.Close()
-		c.tcp.Abort()
-	}
-	p.conns = nil
-}

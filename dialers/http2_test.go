@@ -323,3 +323,17 @@ func TestHTTP2NotSpoken(t *testing.T) {
 		t.Error("nobody was asked")
 	}
 }
+
+// closeAll ends all connections, with the streams on them.
+func (p *h2Pool) closeAll() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, c := range p.conns {
+		if c.timer != nil {
+			c.timer.Stop()
+		}
+		_ = c.Close()
+		c.tcp.Abort()
+	}
+	p.conns = nil
+}

@@ -178,7 +178,7 @@ func (a *h1Asker) ask(l *login) (*response, []string, error) {
 
 // head returns the request, and what of it must never be shown again.
 func (h *HTTP) head(dst flow.Addr, l *login) (req []byte, secrets []string) {
-	target := flow.Addr{Host: dst.Host, IP: dst.IP.Unmap().WithZone(""), Port: dst.Port}.String()
+	target := requestTarget(dst)
 	req = append(req, "CONNECT "+target+" HTTP/1.1\r\nHost: "+target+"\r\n"...)
 	cred, secrets := h.credentials(target, l)
 	for _, f := range h.spec.Headers {
@@ -189,6 +189,12 @@ func (h *HTTP) head(dst flow.Addr, l *login) (req []byte, secrets []string) {
 		req = append(req, "Proxy-Authorization: "+cred+"\r\n"...)
 	}
 	return append(req, "\r\n"...), secrets
+}
+
+// requestTarget is a destination in authority form (RFC 9112 section 3.2.3). A zone means nothing elsewhere.
+func requestTarget(dst flow.Addr) string {
+	dst.IP = dst.IP.Unmap().WithZone("")
+	return dst.String()
 }
 
 func (h *HTTP) credentials(target string, l *login) (cred string, secrets []string) {

@@ -58,9 +58,7 @@ func parseHead(raw []byte) (response, error) {
 				r.challenges = append(r.challenges, value)
 			}
 		case "proxy-authentication-info":
-			if c := ParseChallenges("info " + value); len(c) == 1 {
-				r.nextnonce = c[0].Params["nextnonce"]
-			}
+			r.nextnonce = nextNonce(value)
 		case "connection", "proxy-connection":
 			r.connection += "," + strings.ToLower(value)
 		case "content-length":
@@ -75,6 +73,15 @@ func parseHead(raw []byte) (response, error) {
 		r.length = -1
 	}
 	return r, nil
+}
+
+// nextNonce reads Proxy-Authentication-Info (RFC 7616 section 3.5): "" = the nonce stays.
+func nextNonce(info string) string {
+	c := ParseChallenges("info " + info)
+	if len(c) != 1 {
+		return ""
+	}
+	return c[0].Params["nextnonce"]
 }
 
 // keeps reports whether another request can follow on the same connection (RFC 9112 section 9.3).

@@ -25,9 +25,9 @@ var (
 // overTCP is an association whose datagrams travel in a stream through the upstream (udp=over-tcp). Each costs the stream's delays: one that
 // is lost on the way holds up all behind it.
 type overTCP struct {
-	conn  flow.Conn
-	fault func(error) error // says whose the error is
-	r     *uot.Reader
+	u    *upstream
+	conn flow.Conn
+	r    *uot.Reader
 
 	mu  sync.Mutex // of WriteBatch
 	out []byte
@@ -58,12 +58,7 @@ func (u *upstream) listenOverTCP(ctx context.Context, dial func(context.Context,
 		return nil, err
 	}
 	u.udp.can()
-	return &overTCP{
-		conn: c, r: uot.NewReader(c, false),
-		fault: func(err error) error {
-			return u.wrap("udp over tcp", fmt.Errorf("%w: %w", flow.ErrUpstream, noEOF(err)))
-		},
-	}, nil
+	return &overTCP{u: u, conn: c, r: uot.NewReader(c, false)}, nil
 }
 
 // ReadBatch fills ds with what has come, and waits for the first. A datagram that does not fit is dropped.
@@ -99,6 +94,11 @@ func (o *overTCP) why(err error) error {
 		return err
 	}
 	return o.fault(err)
+}
+
+// fault is an end of the stream that the upstream answers for.
+func (o *overTCP) fault(err error) error {
+	return o.u.wrap("udp over tcp", fmt.Errorf("%w: %w", flow.ErrUpstream, noEOF(err)))
 }
 
 // WriteBatch sends ds in one piece.

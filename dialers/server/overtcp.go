@@ -7,7 +7,6 @@ import (
 	"errors"
 	"io"
 	"net/netip"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -56,7 +55,7 @@ func (c *session) overTCP(dst flow.Addr, granted []byte, refused func(error) []b
 	_ = c.conn.SetDeadline(time.Time{})
 	c.granted.Store(true)
 	s.r = uot.NewReader(c.in, s.only)
-	return s.run()
+	return c.moveDatagrams(&s.last, func() { _ = out.Close() }, s.up, s.down)
 }
 
 // request reads what version 2 begins with.
@@ -73,36 +72,14 @@ func (s *stream) request(in *bufio.Reader) error {
 	return err
 }
 
-// run moves datagrams until the stream ends, the way out does, or nothing has moved for a while.
-func (s *stream) run() error {
-	var once sync.Once
-	var cause error
-	end := func(err error) {
-		once.Do(func() {
-			cause = err
-			_ = s.out.Close()
-			_ = s.c.conn.SetDeadline(time.Unix(1, 0))
-		})
-	}
-	s.last.Store(time.Now().UnixNano())
-	idle := watchDatagrams(&s.last, s.c.s.cfg.UDPIdleTimeout, func() { end(errIdle) })
-	defer idle.Stop()
-	var down sync.WaitGroup
-	down.Go(func() { end(s.down()) })
-	err := s.up()
-	if errors.Is(err, io.EOF) {
-		err = nil
-	}
-	end(err)
-	down.Wait()
-	return cause
-}
-
-// up sends what the client does.
+// up sends what the client does, until it ends the stream.
 func (s *stream) up() error {
 	ds := make([]flow.Datagram, 1)
 	for {
 		to, payload, err := s.r.Next()
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
 		if err != nil {
 			return err
 		}

@@ -71,29 +71,40 @@ func (c *session) associate(from flow.Addr) error {
 		return err
 	}
 	_ = c.conn.SetDeadline(time.Time{})
-	return a.run()
+	return c.moveDatagrams(&a.last, a.close, a.control, a.up, a.down)
 }
 
-// run moves datagrams until the control connection ends, the way out does, or nothing has moved for a while.
-func (a *association) run() error {
+// control reads the control connection until it ends; nothing else is expected of it.
+func (a *association) control() error {
+	_, err := io.Copy(io.Discard, a.c.in)
+	return err
+}
+
+// close ends both ways.
+func (a *association) close() {
+	_ = a.in.Close()
+	_ = a.out.Close()
+}
+
+// moveDatagrams runs the parts of an association until one ends, or no datagram has moved for a while (last, in Unix ns, is when one did).
+// shut and the connection's deadline then end the others. It returns why the first one ended.
+func (c *session) moveDatagrams(last *atomic.Int64, shut func(), parts ...func() error) error {
 	var once sync.Once
 	var cause error
 	end := func(err error) {
 		once.Do(func() {
 			cause = err
-			_ = a.in.Close()
-			_ = a.out.Close()
-			_ = a.c.conn.SetDeadline(time.Unix(1, 0))
+			shut()
+			_ = c.conn.SetDeadline(time.Unix(1, 0))
 		})
 	}
-	a.last.Store(time.Now().UnixNano())
-	idle := watchDatagrams(&a.last, a.c.s.cfg.UDPIdleTimeout, func() { end(errIdle) })
+	last.Store(time.Now().UnixNano())
+	idle := watchDatagrams(last, c.s.cfg.UDPIdleTimeout, func() { end(errIdle) })
 	defer idle.Stop()
 	var wg sync.WaitGroup
-	wg.Go(func() { end(a.up()) })
-	wg.Go(func() { end(a.down()) })
-	_, err := io.Copy(io.Discard, a.c.in) // nothing is expected here but its end
-	end(err)
+	for _, part := range parts {
+		wg.Go(func() { end(part()) })
+	}
 	wg.Wait()
 	return cause
 }
