@@ -7,11 +7,9 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"os/signal"
 	"time"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
 
 	"github.com/mutex-proxy/mutex/control/client"
 )
@@ -65,33 +63,27 @@ func watchApps(cmd *cobra.Command, g *globals) error {
 	if g.output == "csv" {
 		return usageError("--watch prints tables or, with -o json, JSON lines; not csv")
 	}
-	socket, err := g.instance()
-	if err != nil {
-		return err
-	}
-	ctx, stop := signal.NotifyContext(cmd.Context(), unix.SIGINT, unix.SIGTERM)
-	defer stop()
-	c := client.New(socket)
-	defer c.Close()
-	tick := time.NewTicker(appsEvery)
-	defer tick.Stop()
-	for {
-		list, err := c.Apps(ctx)
-		if ctx.Err() != nil {
-			return nil
+	return g.watch(cmd, func(ctx context.Context, c *client.Client) error {
+		tick := time.NewTicker(appsEvery)
+		defer tick.Stop()
+		for {
+			list, err := c.Apps(ctx)
+			if ctx.Err() != nil {
+				return nil
+			}
+			if err == nil {
+				err = printApps(cmd.OutOrStdout(), list, g.output == "json")
+			}
+			if err != nil {
+				return err
+			}
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-tick.C:
+			}
 		}
-		if err == nil {
-			err = printApps(cmd.OutOrStdout(), list, g.output == "json")
-		}
-		if err != nil {
-			return err
-		}
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-tick.C:
-		}
-	}
+	})
 }
 
 func printApps(w io.Writer, list []client.AppUsage, asJSON bool) error {

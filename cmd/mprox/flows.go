@@ -9,12 +9,10 @@ import (
 	"fmt"
 	"io"
 	"iter"
-	"os/signal"
 	"strconv"
 	"time"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
 
 	"github.com/mutex-proxy/mutex/control/client"
 )
@@ -104,15 +102,9 @@ func watchFlows(cmd *cobra.Command, g *globals) error {
 	if g.output == "csv" {
 		return usageError("--watch prints a table or, with -o json, JSON lines; not csv")
 	}
-	socket, err := g.instance()
-	if err != nil {
-		return err
-	}
-	ctx, stop := signal.NotifyContext(cmd.Context(), unix.SIGINT, unix.SIGTERM)
-	defer stop()
-	c := client.New(socket)
-	defer c.Close()
-	return printFlows(cmd.OutOrStdout(), c.WatchFlows(ctx), g.output == "json")
+	return g.watch(cmd, func(ctx context.Context, c *client.Client) error {
+		return printFlows(cmd.OutOrStdout(), c.WatchFlows(ctx), g.output == "json")
+	})
 }
 
 func printFlows(w io.Writer, flows iter.Seq2[client.Flow, error], asJSON bool) error {

@@ -65,11 +65,7 @@ between two of them nobody listens for a moment.
 			if err != nil {
 				return err
 			}
-			nameservers, err := dialers.ReadNameservers(resolvConf)
-			if err != nil {
-				log.Warn("names will not be resolved", zap.Error(err))
-			}
-			f := &forwarder{net: dialers.NewNet(dialers.NetConfig{Nameservers: nameservers, Log: log}), log: log, say: g.listening(cmd.OutOrStdout())}
+			f := &forwarder{net: newNet(log), log: log, say: g.listening(cmd.OutOrStdout())}
 			if err := f.configure(g, upstream, bind, args[0]); err != nil {
 				return err
 			}

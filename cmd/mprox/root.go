@@ -9,12 +9,14 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/signal"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 	"github.com/tailscale/hujson"
 	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
 
 	"github.com/mutex-proxy/mutex/config"
 	"github.com/mutex-proxy/mutex/control/client"
@@ -189,6 +191,19 @@ func (g *globals) ask(cmd *cobra.Command, limit time.Duration, call func(context
 	defer c.Close()
 	ctx, cancel := context.WithTimeout(cmd.Context(), limit)
 	defer cancel()
+	return call(ctx, c)
+}
+
+// watch calls the daemon until Ctrl-C, which ends ctx.
+func (g *globals) watch(cmd *cobra.Command, call func(ctx context.Context, c *client.Client) error) error {
+	socket, err := g.instance()
+	if err != nil {
+		return err
+	}
+	ctx, stop := signal.NotifyContext(cmd.Context(), unix.SIGINT, unix.SIGTERM)
+	defer stop()
+	c := client.New(socket)
+	defer c.Close()
 	return call(ctx, c)
 }
 

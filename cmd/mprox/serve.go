@@ -111,14 +111,19 @@ func (f *serveFlags) check() (addr netip.AddrPort, cfg server.Config, err error)
 	return addr, cfg, nil
 }
 
-// serveProxy serves until ctx ends.
-func serveProxy(ctx context.Context, addr netip.AddrPort, cfg server.Config) error {
-	log := cfg.Log
+// newNet is the network of a command without a daemon: names are resolved by the machine's own nameservers.
+func newNet(log *zap.Logger) *dialers.Net {
 	nameservers, err := dialers.ReadNameservers(resolvConf)
 	if err != nil {
 		log.Warn("names will not be resolved", zap.Error(err))
 	}
-	n := dialers.NewNet(dialers.NetConfig{Nameservers: nameservers, Log: log})
+	return dialers.NewNet(dialers.NetConfig{Nameservers: nameservers, Log: log})
+}
+
+// serveProxy serves until ctx ends.
+func serveProxy(ctx context.Context, addr netip.AddrPort, cfg server.Config) error {
+	log := cfg.Log
+	n := newNet(log)
 	cfg.Net = n
 	s, err := server.New(cfg)
 	if err != nil {
