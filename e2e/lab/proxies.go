@@ -102,12 +102,17 @@ func (l *Lab) SquidDigest(t *testing.T, port uint16) *Server {
 // SquidTLS starts an HTTP proxy inside TLS that asks for Basic on port, and wants a client certificate on the next port.
 func (l *Lab) SquidTLS(t *testing.T, port uint16, p PKI) *Server {
 	t.Helper()
-	basic, _ := l.passwordFiles(t)
-	auth := fmt.Sprintf("auth_param basic program %s %s\nauth_param basic children 2\nauth_param basic realm %s\n",
-		program(t, "basic_ncsa_auth"), basic, realm)
 	ports := fmt.Sprintf("https_port %s:%d tls-cert=%s tls-key=%s\nhttps_port %s:%d tls-cert=%s tls-key=%s clientca=%s\n",
 		ProxyV4, port, p.Cert, p.Key, ProxyV4, port+1, p.Cert, p.Key, p.ClientCA)
-	return l.squid(t, &Server{Name: "squid-tls", Scheme: "https", Pass: Password, Options: p.Options()}, port, ports+auth)
+	return l.squid(t, &Server{Name: "squid-tls", Scheme: "https", Pass: Password, Options: p.Options()}, port, ports+l.squidBasic(t))
+}
+
+// squidBasic is what makes squid ask for Basic.
+func (l *Lab) squidBasic(t *testing.T) string {
+	t.Helper()
+	basic, _ := l.passwordFiles(t)
+	return fmt.Sprintf("auth_param basic program %s %s\nauth_param basic children 2\nauth_param basic realm %s\n",
+		program(t, "basic_ncsa_auth"), basic, realm)
 }
 
 // squid starts squid under a name of its own: its shared memory is named after it.

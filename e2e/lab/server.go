@@ -242,37 +242,7 @@ func (l *Lab) Microsocks(t *testing.T, port uint16) *Server {
 // Squid starts an HTTP proxy with Basic authentication.
 func (l *Lab) Squid(t *testing.T, port uint16) *Server {
 	t.Helper()
-	hash, err := exec.Command("openssl", "passwd", "-apr1", "-salt", "mprox", Password).Output()
-	if err != nil {
-		t.Fatal(err)
-	}
-	pw := l.File("squid.passwd", User+":"+string(hash))
-	conf := l.File("squid.conf", strings.NewReplacer("PORT", fmt.Sprint(port), "NCSA", program(t, "basic_ncsa_auth"), "PASSWD", pw, "DIR", l.Dir,
-		"ORIGIN", OriginV4.String()).Replace(`
-http_port 0.0.0.0:PORT
-auth_param basic program NCSA PASSWD
-auth_param basic children 2
-auth_param basic realm lab
-acl known proxy_auth REQUIRED
-http_access deny !known
-http_access allow all
-cache deny all
-cache_mem 8 MB
-access_log none
-cache_log /dev/null
-cache_store_log none
-pid_filename none
-coredump_dir DIR
-shutdown_lifetime 0 seconds
-connect_timeout 5 seconds
-dns_nameservers ORIGIN
-visible_hostname proxy.lab
-netdb_filename none
-workers 1
-`))
-	return l.serve(t, &Server{
-		Name: "squid", Scheme: "http", Addr: netip.AddrPortFrom(ProxyV4, port), Pass: Password, IPv6: true,
-	}, program(t, "squid"), "-N", "-f", conf)
+	return l.squid(t, &Server{Name: "squid", Scheme: "http", Pass: Password}, port, fmt.Sprintf("http_port 0.0.0.0:%d\n", port)+l.squidBasic(t))
 }
 
 // Tinyproxy starts an HTTP proxy with Basic authentication.
