@@ -142,6 +142,15 @@ func (a *assembler) andBits(dst int, bits []uint64) {
 	}
 }
 
+// unlessEmpty goes on, or to label when the n words of the stack at value have no bits. It spoils R1 and R2.
+func (a *assembler) unlessEmpty(value, n int, label string) {
+	a.emit(asm.Mov.Imm(asm.R1, 0))
+	for i := range n {
+		a.emit(asm.LoadMem(asm.R2, asm.RFP, int16(value+8*i), asm.DWord), asm.Or.Reg(asm.R1, asm.R2))
+	}
+	a.emit(asm.JEq.Imm(asm.R1, 0, label))
+}
+
 // returns ends the program with a value, under a label. One that nothing jumps to, after another end, is left out: the kernel takes no
 // instruction that cannot be reached.
 func (a *assembler) returns(label string, value int32) {

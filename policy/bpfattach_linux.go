@@ -31,7 +31,6 @@ type bpfState struct {
 	off    offsets
 	ident  *identifier
 	starts map[int]uint64 // of the processes that selectors name; 0 = was not there
-	seen   map[fileID]bool
 }
 
 // bpffs finds where the BPF file system is mounted, and mounts it where it belongs if it is nowhere.
@@ -69,21 +68,18 @@ func (h *LinuxHost) ApplyBPF(dir string, sel *Selection, old []string) (restored
 	if h.id.Cookie == 0 {
 		return 0, fmt.Errorf("%w: network namespaces without cookies (kernel 5.14)", ErrFeature)
 	}
-	s := h.bpf
-	if s != nil && s.dir == dir && reflect.DeepEqual(s.sel, sel) {
-		restored, err = s.check()
-		if err == nil && restored == 0 {
-			var same bool
-			if same, err = h.syncLocked(s); same || err != nil {
-				return 0, err
+	if s := h.bpf; s != nil {
+		old = s.keys()
+		if s.dir == dir && reflect.DeepEqual(s.sel, sel) {
+			if restored, err = s.check(); err != nil {
+				return restored, err
+			}
+			if restored == 0 {
+				if same, err := h.syncLocked(s); same || err != nil {
+					return 0, err
+				}
 			}
 		}
-		old = s.keys()
-	} else if s != nil {
-		old = s.keys()
-	}
-	if err != nil {
-		return restored, err
 	}
 	n, err := h.replaceLocked(dir, sel, old)
 	if err != nil {
@@ -124,7 +120,7 @@ func (s *bpfState) check() (lost int, err error) {
 // prepare makes what all sets of programs need, once.
 func (h *LinuxHost) prepareBPF() (*bpfState, error) {
 	if old := h.bpf; old != nil {
-		return &bpfState{off: old.off, ident: old.ident, starts: old.starts, seen: old.seen, gen: old.gen + 1, hooks: old.hooks}, nil
+		return &bpfState{off: old.off, ident: old.ident, starts: old.starts, gen: old.gen + 1, hooks: old.hooks}, nil
 	}
 	off, err := loadOffsets(defaultLockDir)
 	if err != nil {
@@ -138,7 +134,7 @@ func (h *LinuxHost) prepareBPF() (*bpfState, error) {
 		closeQuietly(ident)
 		return nil, err
 	}
-	return &bpfState{off: off, ident: ident, starts: map[int]uint64{}, seen: map[fileID]bool{}, hooks: map[string]link.Link{}}, nil
+	return &bpfState{off: off, ident: ident, starts: map[int]uint64{}, hooks: map[string]link.Link{}}, nil
 }
 
 // replaceLocked loads a new set of programs beside the old one, fills its maps, and swaps: at no moment is a hook without a program. When it

@@ -13,7 +13,6 @@ import (
 	"path/filepath"
 	"reflect"
 	"slices"
-	"strconv"
 	"strings"
 
 	"github.com/cilium/ebpf"
@@ -369,15 +368,14 @@ func (s *bpfState) mergeTask(pid int, bits []uint64) error {
 
 // seedTasks looks at all processes once, and reports whether somebody was found whom the programs do not know.
 func (s *bpfState) seedTasks() (changed bool, err error) {
-	entries, err := os.ReadDir("/proc")
+	all, err := process.All()
 	if err != nil {
 		return false, err
 	}
 	parents, bits := map[int]int{}, map[int][]uint64{}
 	var pids []int
-	for _, e := range entries {
-		pid, err := strconv.Atoi(e.Name())
-		if err != nil || pid == os.Getpid() {
+	for _, pid := range all {
+		if pid == os.Getpid() {
 			continue
 		}
 		parent, _, err := process.Stat(pid)

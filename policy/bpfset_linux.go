@@ -105,7 +105,7 @@ type seenSelf struct {
 	euid      uint32
 }
 
-const sizeofSelf = 48 // file and exe, device and inode each; tgid, euid; start
+const sizeofSelf = 40 // file and exe, device and inode each; tgid, euid
 
 func newIdentifier(off offsets) (_ *identifier, err error) {
 	i := &identifier{}

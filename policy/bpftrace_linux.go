@@ -66,19 +66,10 @@ func (b *selectionBits) fork(a *assembler, m *bpfMaps) {
 	a.zero(value, 8+16*b.n)
 	a.orFrom(asm.R0, value+8, 8, 2*b.n)
 	a.andBits(value+8, b.treePID)
-	b.unlessEmpty(a, value, "none")
+	a.unlessEmpty(value, 1+2*b.n, "none")
 	b.storeTask(a, m, stTmp, value, asm.R8)
 	a.at("none")
 	a.remove(m.tasks, stTmp)
-}
-
-// unlessEmpty goes to label when a value of the map `tasks` at value has no bits.
-func (b *selectionBits) unlessEmpty(a *assembler, value int, label string) {
-	a.emit(asm.Mov.Imm(asm.R1, 0))
-	for i := range 1 + 2*b.n {
-		a.emit(asm.LoadMem(asm.R2, asm.RFP, int16(value+8*i), asm.DWord), asm.Or.Reg(asm.R1, asm.R2))
-	}
-	a.emit(asm.JEq.Imm(asm.R1, 0, label))
 }
 
 // storeTask writes an entry; when the map is full, everybody who is as young as the task in reg, or younger, is denied from now on. The
@@ -162,7 +153,7 @@ func (b *selectionBits) exec(a *assembler, m *bpfMaps) {
 		a.orBits(value+8+8*b.n, g.bits)
 		a.at(miss)
 	}
-	b.unlessEmpty(a, value, "none")
+	a.unlessEmpty(value, 1+2*b.n, "none")
 	b.storeTask(a, m, stKey, value, asm.R7)
 	a.at("none")
 	a.remove(m.tasks, stKey)
@@ -227,11 +218,7 @@ func (b *selectionBits) mkdir(a *assembler, m *bpfMaps) {
 		a.orBits(value, g.bits)
 		a.at(miss)
 	}
-	a.emit(asm.Mov.Imm(asm.R1, 0))
-	for i := range b.n {
-		a.emit(asm.LoadMem(asm.R2, asm.RFP, int16(value+8*i), asm.DWord), asm.Or.Reg(asm.R1, asm.R2))
-	}
-	a.emit(asm.JEq.Imm(asm.R1, 0, "allow"))
+	a.unlessEmpty(value, b.n, "allow")
 	a.update(m.cgroups, stKey, value)
 	a.emit(
 		asm.JEq.Imm(asm.R0, 0, "allow"),

@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"os"
-	"strconv"
 
 	"golang.org/x/sys/unix"
 
@@ -64,16 +63,12 @@ func (h *LinuxHost) listening(proto uint8) (map[uint16]bool, error) {
 // inodes are the sockets of those whom e means; when it means all, of those whom it leaves alone.
 func (h *LinuxHost) inodes(ctx context.Context, e *Existing) (map[uint32]bool, error) {
 	out := map[uint32]bool{}
-	entries, err := os.ReadDir("/proc")
+	pids, err := process.All()
 	if err != nil {
 		return nil, err
 	}
 	self := os.Getpid()
-	for _, entry := range entries {
-		pid, err := strconv.Atoi(entry.Name())
-		if err != nil {
-			continue
-		}
+	for _, pid := range pids {
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)
 		}

@@ -11,19 +11,30 @@ import (
 	"strings"
 )
 
-// Holders returns the processes that have one of the sockets open, by inode: each process with the inodes it holds. It reads all of /proc
-// (milliseconds with hundreds of processes); processes that may not be looked into are left out.
-func Holders(ctx context.Context, inodes map[uint32]bool) (map[int][]uint32, error) {
+// All lists the processes that live now, by PID. Those that begin meanwhile may be missing.
+func All() ([]int, error) {
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
 		return nil, err
 	}
-	out := map[int][]uint32{}
+	out := make([]int, 0, len(entries))
 	for _, e := range entries {
-		pid, err := strconv.Atoi(e.Name())
-		if err != nil {
-			continue
+		if pid, err := strconv.Atoi(e.Name()); err == nil {
+			out = append(out, pid)
 		}
+	}
+	return out, nil
+}
+
+// Holders returns the processes that have one of the sockets open, by inode: each process with the inodes it holds. It reads all of /proc
+// (milliseconds with hundreds of processes); processes that may not be looked into are left out.
+func Holders(ctx context.Context, inodes map[uint32]bool) (map[int][]uint32, error) {
+	pids, err := All()
+	if err != nil {
+		return nil, err
+	}
+	out := map[int][]uint32{}
+	for _, pid := range pids {
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)
 		}
@@ -103,16 +114,14 @@ func parseStat(s string) (parent int, start uint64, err error) {
 
 // Tree returns pid and all its descendants that live now.
 func Tree(pid int) ([]int, error) {
-	entries, err := os.ReadDir("/proc")
+	all, err := All()
 	if err != nil {
 		return nil, err
 	}
 	children := map[int][]int{}
-	for _, e := range entries {
-		if p, err := strconv.Atoi(e.Name()); err == nil {
-			if parent, _, err := Stat(p); err == nil {
-				children[parent] = append(children[parent], p)
-			}
+	for _, p := range all {
+		if parent, _, err := Stat(p); err == nil {
+			children[parent] = append(children[parent], p)
 		}
 	}
 	out := []int{pid}
