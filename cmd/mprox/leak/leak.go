@@ -9,6 +9,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"slices"
@@ -177,10 +178,8 @@ func (d *device) configure() (v6 bool, err error) {
 			}
 			return false, fmt.Errorf("address %s: %w", p, err)
 		}
-		_, all, err := vnlNet(p.Addr().Is6())
-		if err != nil {
-			return false, err
-		}
+		bits := p.Addr().BitLen()
+		all := &net.IPNet{IP: make(net.IP, bits/8), Mask: net.CIDRMask(0, bits)} // netlink takes the family from the length
 		if err := vnl.RouteAdd(&vnl.Route{LinkIndex: d.link.Attrs().Index, Dst: all, Priority: metric, Scope: vnl.SCOPE_LINK}); err != nil {
 			return false, fmt.Errorf("route: %w", err)
 		}

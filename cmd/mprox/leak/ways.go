@@ -86,9 +86,8 @@ func ways(dev string, opt Options, v6 bool) []way {
 		if dst.Is6() {
 			icmp = unix.IPPROTO_ICMPV6
 		}
-		for name, o := range map[string]option{"": nil, ", SO_BINDTODEVICE": bound(dev)} {
-			add("ICMP echo"+name, icmp, func(port uint16) error { return send(dst, unix.SOCK_RAW, int(icmp), 0, echo(dst, port), o) })
-		}
+		add("ICMP echo", icmp, func(port uint16) error { return send(dst, unix.SOCK_RAW, int(icmp), 0, echo(dst, port), nil) })
+		add("ICMP echo, SO_BINDTODEVICE", icmp, func(port uint16) error { return send(dst, unix.SOCK_RAW, int(icmp), 0, echo(dst, port), bound(dev)) })
 		// 253 is for experiments (RFC 3692).
 		add("raw IP protocol 253", 253, func(uint16) error { return send(dst, unix.SOCK_RAW, 253, 0, []byte("x"), nil) })
 		add("raw IP protocol 253, SO_BINDTODEVICE", 253, func(uint16) error { return send(dst, unix.SOCK_RAW, 253, 0, []byte("x"), bound(dev)) })
@@ -246,14 +245,4 @@ func loopbackDNS() error {
 		return errReached
 	}
 	return os.NewSyscallError("poll", err)
-}
-
-// vnlNet is everything, as netlink wants it written.
-func vnlNet(v6 bool) (netip.Prefix, *net.IPNet, error) {
-	p := netip.PrefixFrom(netip.IPv4Unspecified(), 0)
-	if v6 {
-		p = netip.PrefixFrom(netip.IPv6Unspecified(), 0)
-	}
-	_, n, err := net.ParseCIDR(p.String())
-	return p, n, err
 }
