@@ -389,7 +389,7 @@ func (s Spec) String() string {
 	}
 	user := ""
 	if s.HasUser {
-		user = url.PathEscape(s.Username)
+		user = url.User(s.Username).String()
 		if s.HasPassword {
 			user += ":" + redacted
 		}

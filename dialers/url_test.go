@@ -134,7 +134,7 @@ func TestParseURLErrors(t *testing.T) {
 func FuzzParseURL(f *testing.F) {
 	for _, s := range []string{
 		"socks5h://alice:pw@203.0.113.10:1080", "https://[2001:db8::1]:443/?insecure=1&sni=x", "h:1", "socks5://a%40b:p%3a@h", "direct://", "u:p@h",
-		"socks5://[fe80::1%25eth0]", "http://u:hun?ter2@h",
+		"socks5://[fe80::1%25eth0]", "http://u:hun?ter2@h", "socks5://%3A@a",
 	} {
 		f.Add(s)
 	}
