@@ -278,25 +278,55 @@ func (l *loader) idle() error {
 	return nil
 }
 
-// who asks the origin again and again who is asking, until that is no longer the client. A SYN may fall between two stools while
-// an engine starts, so that none is waited for.
+// who asks the origin again and again who is asking, until that is no longer the client. A SYN may fall between two stools while an
+// engine starts, and a first connection may be slow, so that none is waited for: the next is on its way after a few milliseconds.
 func (l *loader) who() {
+	const (
+		pace = 3 * time.Millisecond // a busy loop would take a core from the engine that starts
+		most = 64                   // asking at the same time
+	)
 	begin := time.Now()
-	rtt := time.Duration(l.RTT * float64(time.Second))
-	pace := time.NewTicker(time.Millisecond) // a busy loop would take a core from the engine that starts
-	defer pace.Stop()
-	for end := begin.Add(l.length()); time.Now().Before(end); <-pace.C {
-		c, err := (&net.Dialer{Timeout: 3*time.Millisecond + 5*rtt}).Dial("tcp", netip.AddrPortFrom(l.origin, portWho).String())
-		if err != nil {
-			continue
+	ctx, stop := context.WithTimeout(context.Background(), l.length())
+	defer stop()
+	var proxied atomic.Bool
+	var asking sync.WaitGroup
+	next := time.NewTicker(pace)
+	defer next.Stop()
+	for places := make(chan struct{}, most); ctx.Err() == nil; {
+		select {
+		case places <- struct{}{}:
+			asking.Go(func() {
+				defer func() { <-places }()
+				if l.asProxy(ctx) {
+					proxied.Store(true)
+					stop()
+				}
+			})
+		default:
 		}
-		_ = c.SetDeadline(time.Now().Add(50*time.Millisecond + 5*rtt))
-		name, _ := io.ReadAll(c)
-		c.Close()
-		if a, err := netip.ParseAddr(string(name)); err == nil && !a.IsPrivate() {
-			l.results.Count = 1
-			break
+		select {
+		case <-next.C:
+		case <-ctx.Done():
 		}
 	}
 	l.results.Seconds = time.Since(begin).Seconds()
+	asking.Wait()
+	if proxied.Load() {
+		l.results.Count = 1
+	}
+}
+
+// asProxy reports whether the origin sees somebody else than the client.
+func (l *loader) asProxy(ctx context.Context) bool {
+	ctx, stop := context.WithTimeout(ctx, 300*time.Millisecond+5*time.Duration(l.RTT*float64(time.Second)))
+	defer stop()
+	c, err := (&net.Dialer{}).DialContext(ctx, "tcp", netip.AddrPortFrom(l.origin, portWho).String())
+	if err != nil {
+		return false
+	}
+	defer context.AfterFunc(ctx, func() { c.Close() })()
+	defer c.Close()
+	name, _ := io.ReadAll(c)
+	a, err := netip.ParseAddr(string(name))
+	return err == nil && !a.IsPrivate()
 }
