@@ -33,7 +33,7 @@ func TestParseURL(t *testing.T) {
 		{"socks5://u:@h:", "socks5://u:***@h:1080", Spec{Scheme: SchemeSOCKS5, Host: "h", Port: 1080, HasUser: true, Username: "u", HasPassword: true}},
 		{"socks5://u@h", "socks5://u@h:1080", Spec{Scheme: SchemeSOCKS5, Host: "h", Port: 1080, HasUser: true, Username: "u"}},
 		{"socks5://:p@h", "socks5://:***@h:1080", Spec{Scheme: SchemeSOCKS5, Host: "h", Port: 1080, HasUser: true, HasPassword: true, Password: NewSecret("p")}},
-		{"socks5://a%40b:p%3a%2F%25%23%3f:x@h", "socks5://a@b:***@h:1080", Spec{
+		{"socks5://a%40b:p%3a%2F%25%23%3f:x@h", "socks5://a%40b:***@h:1080", Spec{
 			Scheme: SchemeSOCKS5, Host: "h", Port: 1080, HasUser: true, Username: "a@b", HasPassword: true, Password: NewSecret("p:/%#?:x"),
 		}},
 		{"socks5://u:p@ss@h", "socks5://u:***@h:1080", Spec{
