@@ -21,6 +21,9 @@ var _ flow.Caller = (*conn)(nil)
 // Call opens a connection to a socket of the application, as if it came from from (flow.Caller). Refused and reset come back as the errors
 // of connect(2); ctx bounds the wait.
 func (c *conn) Call(ctx context.Context, from, to netip.AddrPort) (flow.Conn, error) {
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
 	from, to = netip.AddrPortFrom(from.Addr().Unmap(), from.Port()), netip.AddrPortFrom(to.Addr().Unmap(), to.Port())
 	if from.Addr().Is4() != to.Addr().Is4() || !from.IsValid() || !to.IsValid() {
 		return nil, fmt.Errorf("call %s from %s: not of one family", to, from)

@@ -359,6 +359,8 @@ func errorOf(err tcpip.Error) error {
 	switch err.(type) {
 	case *tcpip.ErrConnectionReset:
 		return unix.ECONNRESET
+	case *tcpip.ErrConnectionRefused:
+		return unix.ECONNREFUSED
 	case *tcpip.ErrTimeout:
 		return unix.ETIMEDOUT
 	case *tcpip.ErrConnectionAborted, *tcpip.ErrAborted:
