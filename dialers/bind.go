@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/mutex-proxy/mutex/flow"
@@ -31,6 +32,15 @@ var (
 type Binder interface {
 	// Bind asks for one connection from peer and returns when the upstream listens for it, or refuses.
 	Bind(ctx context.Context, peer flow.Addr) (flow.Binding, error)
+}
+
+// Binds reports whether what d speaks has BIND at all; of a pool, whether a member does. Whether the server serves it is learned.
+func Binds(d flow.Dialer) bool {
+	if p, ok := d.(*Pool); ok {
+		return slices.ContainsFunc(p.members, func(m *member) bool { return Binds(m.Dialer) })
+	}
+	_, ok := d.(Binder)
+	return ok
 }
 
 // binding is a BIND whose first reply has come: the server listens. It is one connection to the server, which becomes the stream of

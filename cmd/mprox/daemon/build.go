@@ -312,10 +312,16 @@ func buildRules(cfg *config.Config, name string, u *upstreams, see view) (*routi
 		Bypass: routing.Bypass{Address: c.Bypass.Address, Port: portRanges(c.Bypass.Port), Network: c.Bypass.Network},
 		Fake:   fakePrefixes(c.DNS.Fake),
 	}
-	for _, r := range c.Rules {
+	var errs []error
+	for i, r := range c.Rules {
+		if d := u.dialers[r.Upstream]; r.FTP == "active" && d != nil && r.Upstream != direct && !dialers.Binds(d) {
+			path := fmt.Sprintf("%s.rules[%d].ftp", configPath("contexts", name), i)
+			errs = append(errs, &routing.PathError{Path: path, Err: fmt.Errorf("active needs an upstream that can be asked to accept connections: SOCKS, not %s", r.Upstream)})
+		}
 		in.Rules = append(in.Rules, routing.Rule{Match: match(r.Match), Upstream: r.Upstream, FTP: ftpMode(r.FTP), Offload: offloadOf(r.Offload)})
 	}
-	return routing.Compile(in)
+	t, err := routing.Compile(in)
+	return t, errors.Join(append(errs, err)...)
 }
 
 // offloadOf is the value of an offload key.

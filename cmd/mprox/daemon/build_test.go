@@ -93,6 +93,19 @@ func TestCheckRefusesKeysWithoutCode(t *testing.T) {
 	}
 }
 
+// Active-mode FTP is refused where the upstream can never serve it, with the place.
+func TestCheckActiveFTP(t *testing.T) {
+	for upstream, ok := range map[string]bool{"socks": true, "auto": true, "mixed": true, "outer": true, "direct": true, "http": false, "https": false} {
+		text := `{ "upstreams": { "socks": { "url": "socks5h://192.0.2.1" }, "auto": { "url": "auto://192.0.2.1" }, "http": { "url": "http://192.0.2.1" }, "h2": { "url": "https://192.0.2.1" } },
+			"pools": { "mixed": { "members": ["http", "socks"] }, "outer": { "members": ["https", "mixed"] }, "https": { "members": "h2" } },
+			"contexts": { "default": { "default": "socks", "rules": [{ "port": 21, "upstream": "` + upstream + `", "ftp": "active" }] } } }`
+		_, err := config.Parse("test.json", []byte(text), Check)
+		if ok && err != nil || !ok && (err == nil || !strings.Contains(err.Error(), "$.contexts.default.rules[0].ftp")) {
+			t.Errorf("%s: %v", upstream, err)
+		}
+	}
+}
+
 // What a configuration says about pools reaches them.
 func TestPoolConfiguration(t *testing.T) {
 	cfg, err := config.Parse("test.json", []byte(`{
