@@ -155,4 +155,12 @@ func TestBound(t *testing.T) {
 	if _, err := plain.(flow.Bound).Bind(testContext(t)); !errors.Is(err, errors.ErrUnsupported) {
 		t.Error(err)
 	}
+	direct, err := dialer(t, "direct://").Dial(testContext(t), flow.AddrFrom(s.Addr))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer direct.Close()
+	if c.(flow.Bound).Direct() || !direct.(flow.Bound).Direct() {
+		t.Error("what is direct is not told from what is not")
+	}
 }

@@ -34,7 +34,11 @@ type TCPConn struct {
 	onClose func()                                      // runs once, at the first Close or Abort; nil = nothing
 	leave   func()                                      // gives the place at the upstream back, with onClose; nil = nothing
 	bind    func(context.Context) (flow.Binding, error) // nil = the upstream has no such thing
+	direct  bool                                        // there is no upstream
 }
+
+// Direct reports whether the connection is that of a Direct (flow.Bound).
+func (c *TCPConn) Direct() bool { return c.direct }
 
 // Bind asks the upstream of the connection to accept one from the same destination (flow.Bound).
 func (c *TCPConn) Bind(ctx context.Context) (flow.Binding, error) {
@@ -131,6 +135,9 @@ func (c *tlsConn) Read(p []byte) (int, error) {
 
 // Bind is that of the socket.
 func (c *tlsConn) Bind(ctx context.Context) (flow.Binding, error) { return c.tcp.Bind(ctx) }
+
+// Direct is that of the socket.
+func (c *tlsConn) Direct() bool { return c.tcp.Direct() }
 
 // CloseWrite sends close_notify: the proxy reads it as end of file.
 func (c *tlsConn) CloseWrite() error { return c.Conn.CloseWrite() }

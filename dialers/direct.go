@@ -54,7 +54,7 @@ func (d *Direct) Dial(ctx context.Context, dst flow.Addr) (flow.Conn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("direct: %w", withReason(err))
 	}
-	c.onClose = func() { d.closed(c) }
+	c.direct, c.onClose = true, func() { d.closed(c) }
 	d.opened(c)
 	return c, nil
 }

@@ -117,6 +117,15 @@ type Flow struct {
 	Protocol   string // detected protocol, "" when not (yet) known
 	Confidence Confidence
 	Start      time.Time
+	Control    *Flow // of an FTP data connection: its control connection; nil for all others
+}
+
+// Ruled returns the flow that rules decide about: of an FTP data connection that is its control connection.
+func (f *Flow) Ruled() *Flow {
+	if f.Control != nil {
+		return f.Control
+	}
+	return f
 }
 
 // Confidence is how sure protocol detection is.
@@ -233,6 +242,8 @@ type Bound interface {
 	// Bind asks the upstream to accept one connection from the destination of this one, and returns when it listens. It wraps
 	// errors.ErrUnsupported if the upstream is known not to.
 	Bind(ctx context.Context) (Binding, error)
+	// Direct reports whether there is no upstream in between: the destination reaches the application as it is.
+	Direct() bool
 }
 
 // Conn is a stream with half-close and abort. A Conn that also implements syscall.Conn is a plain socket: bytes may be moved to and from

@@ -38,11 +38,15 @@ const (
 const (
 	ftpPort     = 21
 	ftpDataPort = 20 // where data connections come from, unless the upstream says otherwise
+	// ftpUnprivileged is the first port that a data connection is made to: below, there are services, not clients (RFC 2577 section 3).
+	ftpUnprivileged = 1024
 	// ftpLine bounds a command: the longest has a path. What is longer is not FTP.
 	ftpLine = 4 << 10
 	// ftpBind and ftpAccept are how long the upstream may take to listen, and the server to connect after it was told where.
 	ftpBind   = 10 * time.Second
 	ftpAccept = time.Minute
+	// ftpLate is how long the end of a transfer waits for a data connection that the upstream has not told of yet: some round trips.
+	ftpLate = 2 * time.Second
 	// ftpData bounds the data connections of one control connection, waited for and running. A client has one, or one and its successor.
 	ftpData = 8
 )
@@ -70,6 +74,8 @@ type ftp struct {
 	auth    bool // the client has asked for TLS, and the server has not answered
 	raw     bool // nothing is looked at any more
 	waiting context.CancelFunc
+	opening chan struct{} // closed when the last data connection has reached the application, or never will; nil = there has been none
+	under   bool          // a preliminary reply was the last: a transfer is under way
 }
 
 // watchFTP puts itself between the two sides of a flow that may be FTP's control connection. done ends what is waited for.
@@ -84,9 +90,13 @@ func (h *Handler) watchFTP(ctx context.Context, f *Flow, d Decision, app, up Con
 	return &ftpClient{Conn: app, c: c}, &ftpServer{Conn: up, c: c}, c.stop
 }
 
-// isFTP reports whether the flow is to be watched.
-func isFTP(f *Flow, d Decision) bool {
-	return d.FTP == FTPActive || d.FTP == FTPRefuse && f.Dst.Port == ftpPort
+// isFTP reports whether the flow is to be watched. What goes directly is not: the server reaches the application as it is.
+func isFTP(f *Flow, d Decision, up Conn) bool {
+	if d.FTP != FTPActive && (d.FTP != FTPRefuse || f.Dst.Port != ftpPort) {
+		return false
+	}
+	b, ok := up.(Bound)
+	return !ok || !b.Direct()
 }
 
 // ftpServer reads what the server says, and changes nothing.
@@ -99,21 +109,39 @@ type ftpServer struct {
 // Read passes on what was read and notes replies that matter.
 func (s *ftpServer) Read(b []byte) (int, error) {
 	n, err := s.Conn.Read(b)
+	var early chan struct{}
 	for _, x := range b[:n] {
 		switch {
 		case x == '\n':
 			s.line = s.line[:0]
 		case len(s.line) < 4:
 			if s.line = append(s.line, x); len(s.line) == 4 {
-				s.c.replied(string(s.line))
+				if o := s.c.replied(string(s.line)); o != nil {
+					early = o
+				}
 			}
 		}
+	}
+	if early != nil {
+		s.c.hold(early)
 	}
 	return n, err
 }
 
-// replied notes the beginning of a reply: "220 " or "220-".
-func (c *ftp) replied(code string) {
+// hold waits until the application has the data connection whose end the server has told of. That end comes by another connection than the
+// upstream's word that the server has connected, and must not overtake it: curl takes it for an error.
+func (c *ftp) hold(opening <-chan struct{}) {
+	late := time.NewTimer(ftpLate)
+	defer late.Stop()
+	select {
+	case <-opening:
+	case <-c.ctx.Done():
+	case <-late.C:
+	}
+}
+
+// replied notes the beginning of a reply: "220 " or "220-". It returns what to wait for before the reply is passed on, or nil.
+func (c *ftp) replied(code string) (early chan struct{}) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if !c.spoke {
@@ -123,6 +151,11 @@ func (c *ftp) replied(code string) {
 		c.auth = false
 		c.raw = c.raw || code[:3] == "234" // RFC 4217 section 4: TLS begins
 	}
+	if c.under && code[0] == '2' && !c.raw {
+		early = c.opening
+	}
+	c.under = code[0] == '1'
+	return early
 }
 
 // ftpClient reads what the client says, command by command.
@@ -148,6 +181,11 @@ func (r *ftpClient) Read(b []byte) (int, error) {
 			break
 		}
 		n, err := r.Conn.Read(b)
+		if len(r.in) == 0 && n > 0 && !ftpText(b[0]) { // another protocol, which may never send the end of a line
+			r.c.mu.Lock()
+			r.c.raw = true
+			r.c.mu.Unlock()
+		}
 		r.in = append(r.in, b[:n]...)
 		if r.err = err; err != nil || r.c.passes() { // the server may have begun TLS while we waited
 			r.out, r.in = r.in, nil
@@ -160,6 +198,11 @@ func (r *ftpClient) Read(b []byte) (int, error) {
 		r.out = nil
 	}
 	return n, nil
+}
+
+// ftpText reports whether a command line may begin with the byte: a letter, Telnet, or the end of an empty line.
+func ftpText(b byte) bool {
+	return b >= 'a' && b <= 'z' || b >= 'A' && b <= 'Z' || b == '\r' || b == '\n' || b == ' ' || b >= 0x80
 }
 
 // take moves finished commands to out.
@@ -205,6 +248,9 @@ func (c *ftp) command(line []byte) []byte {
 		c.auth = true
 		c.mu.Unlock()
 		return line
+	case "PASV", "EPSV": // the data connection goes the other way from now on
+		c.succeed(nil, nil)
+		return line
 	case "PORT":
 		want, err = parsePort(arg)
 	case "EPRT":
@@ -222,7 +268,10 @@ func (c *ftp) command(line []byte) []byte {
 	return []byte(formatPort(verb, want))
 }
 
-var errFTPRefused = errors.New("no rule allows it")
+var (
+	errFTPRefused  = errors.New("no rule allows it")
+	errFTPStranger = errors.New("somebody else than the server has connected")
+)
 
 // serve asks the upstream to accept the connection that is to go to the application at to, and returns where it listens.
 func (c *ftp) serve(to netip.AddrPort) (netip.AddrPort, error) {
@@ -230,7 +279,7 @@ func (c *ftp) serve(to netip.AddrPort) (netip.AddrPort, error) {
 	switch {
 	case c.d.FTP != FTPActive:
 		return none, errFTPRefused
-	case to.Addr() != c.f.Src.Addr().Unmap() || to.Port() == 0:
+	case to.Addr() != c.f.Src.Addr().Unmap() || to.Port() < ftpUnprivileged:
 		return none, fmt.Errorf("%s is not the client", to) // RFC 2577 section 3: nobody is sent to third parties
 	}
 	select {
@@ -262,17 +311,14 @@ func (c *ftp) expect(b Binding, to netip.AddrPort) error {
 	}
 	waiting, enough := context.WithTimeout(ctx, ftpAccept)
 	unlink := context.AfterFunc(c.ctx, enough)
-	c.mu.Lock()
-	before := c.waiting
-	c.waiting = enough
-	c.mu.Unlock()
-	if before != nil {
-		before()
-	}
+	opening := make(chan struct{})
+	opened := sync.OnceFunc(func() { close(opening) })
+	c.succeed(enough, opening)
 	go func() { // owned by the Handler, see enter
 		defer leave()
 		defer cancel(nil)
 		defer func() { <-c.slots }()
+		defer opened()
 		up, from, err := b.Accept(waiting)
 		unlink()
 		enough()
@@ -280,9 +326,20 @@ func (c *ftp) expect(b Binding, to netip.AddrPort) error {
 			c.h.cfg.Log.Debug("ftp: no data connection", zap.Error(err))
 			return
 		}
-		c.transfer(ctx, cancel, up, c.origin(from), to)
+		c.transfer(ctx, cancel, up, from, to, opened)
 	}()
 	return nil
+}
+
+// succeed puts a data connection that is waited for in the place of the last, whose wait ends.
+func (c *ftp) succeed(enough context.CancelFunc, opening chan struct{}) {
+	c.mu.Lock()
+	before := c.waiting
+	c.waiting, c.opening = enough, opening
+	c.mu.Unlock()
+	if before != nil {
+		before()
+	}
 }
 
 // origin is where the application sees the data connection come from: the address it knows the server by.
@@ -295,9 +352,10 @@ func (c *ftp) origin(from netip.AddrPort) netip.AddrPort {
 }
 
 // transfer is the life of a data connection: a flow of its own, whose SYN goes the other way.
-func (c *ftp) transfer(ctx context.Context, cancel context.CancelCauseFunc, up Conn, from, to netip.AddrPort) {
+func (c *ftp) transfer(ctx context.Context, cancel context.CancelCauseFunc, up Conn, peer, to netip.AddrPort, opened func()) {
+	from := c.origin(peer)
 	f := c.h.newFlow(TCP, to, from)
-	f.Dst.Host, f.HostSource, f.App, f.Protocol = c.f.Dst.Host, c.f.HostSource, c.f.App, "ftp-data"
+	f.Dst.Host, f.HostSource, f.App, f.Protocol, f.Control = c.f.Dst.Host, c.f.HostSource, c.f.App, "ftp-data", c.f
 	e, err := c.h.table.add(f, cancel)
 	if err != nil {
 		up.Abort()
@@ -305,9 +363,15 @@ func (c *ftp) transfer(ctx context.Context, cancel context.CancelCauseFunc, up C
 	}
 	defer e.finish()
 	e.decide(f, c.d)
+	if want := c.f.Dst; !want.IsName() && peer.Addr().Unmap() != want.IP.Unmap() { // a name's addresses are the upstream's to know
+		up.Abort()
+		e.outcome(ResultFailed, errFTPStranger)
+		return
+	}
 	calling, done := context.WithTimeout(ctx, c.h.dialTimeout())
 	app, err := c.app.Call(calling, from, to)
 	done()
+	opened()
 	if err != nil {
 		up.Abort()
 		e.outcome(ResultFailed, because(ctx, fmt.Errorf("connect to the application: %w", err)))

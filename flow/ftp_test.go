@@ -4,14 +4,17 @@ package flow
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"io"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -79,10 +82,14 @@ type bindable struct {
 	at   string
 	err  error
 	data Conn
+	peer string // "" = 198.51.100.1:20
+	flat bool   // it is direct
 
 	mu    sync.Mutex
 	binds int
 }
+
+func (b *bindable) Direct() bool { return b.flat }
 
 func (b *bindable) Bind(context.Context) (Binding, error) {
 	b.mu.Lock()
@@ -91,19 +98,20 @@ func (b *bindable) Bind(context.Context) (Binding, error) {
 	if b.err != nil {
 		return nil, b.err
 	}
-	return boundAt{netip.MustParseAddrPort(b.at), b.data}, nil
+	return boundAt{netip.MustParseAddrPort(b.at), b.data, netip.MustParseAddrPort(cmp.Or(b.peer, "198.51.100.1:20"))}, nil
 }
 
 type boundAt struct {
 	at   netip.AddrPort
 	data Conn
+	peer netip.AddrPort
 }
 
 func (b boundAt) Addr() netip.AddrPort { return b.at }
 func (boundAt) Close() error           { return nil }
 func (b boundAt) Accept(ctx context.Context) (Conn, netip.AddrPort, error) {
 	if b.data != nil {
-		return b.data, netip.MustParseAddrPort("198.51.100.1:20"), nil
+		return b.data, b.peer, nil
 	}
 	<-ctx.Done()
 	return nil, netip.AddrPort{}, ctx.Err()
@@ -141,6 +149,7 @@ func TestFTPCommands(t *testing.T) {
 		{"over IPv6", FTPActive, []string{greeting}, []string{"PORT 192,0,2,1,4,1\n"}, "[2001:db8::a]:258", nil, "EPRT |2|2001:db8::a|258|\r\n", 1},
 		{"of somebody else", FTPActive, []string{greeting}, []string{"PORT 192,0,2,9,4,1\r\n"}, "203.0.113.10:258", nil, "PORT\r\n", 0},
 		{"port 0", FTPActive, []string{greeting}, []string{"PORT 192,0,2,1,0,0\r\n"}, "203.0.113.10:258", nil, "PORT\r\n", 0},
+		{"a service", FTPActive, []string{greeting}, []string{"PORT 192,0,2,1,0,22\r\n"}, "203.0.113.10:258", nil, "PORT\r\n", 0},
 		{"malformed", FTPActive, []string{greeting}, []string{"PORT 192,0,2,1\r\n"}, "203.0.113.10:258", nil, "PORT\r\n", 0},
 		{"refused by the upstream", FTPActive, []string{greeting}, []string{"PORT 192,0,2,1,4,1\r\n"}, "", errors.ErrUnsupported, "PORT\r\n", 1},
 		{"one after another", FTPActive, []string{greeting}, []string{strings.Repeat("PORT 192,0,2,1,4,1\r\n", 3)}, "203.0.113.10:258", nil, strings.Repeat("PORT 203,0,113,10,1,2\r\n", 3), 3},
@@ -201,6 +210,15 @@ func TestFTPTransfer(t *testing.T) {
 	if got := <-client.called; got[0].String() != "198.18.0.5:20" || got[1].String() != "192.0.2.1:1025" {
 		t.Errorf("called %v", got)
 	}
+	flows := h.table.Snapshot()
+	if len(flows) != 1 {
+		t.Fatalf("%d flows", len(flows))
+	}
+	for _, i := range flows { // new rules are asked about the control connection: nobody writes rules for port 20
+		if i.Ruled() != f || i.Orig.Port() != ftpDataPort {
+			t.Errorf("rules decide about %+v", i.Ruled())
+		}
+	}
 	go func() {
 		_, _ = server.Write([]byte("listing"))
 		server.Close()
@@ -210,6 +228,135 @@ func TestFTPTransfer(t *testing.T) {
 		t.Errorf("%q, %v", buf[:n], err)
 	}
 	app.Close()
+}
+
+// TestFTPStranger: whoever connects in the server's place gets nothing, also if the upstream does not say who it is.
+func TestFTPStranger(t *testing.T) {
+	for _, peer := range []string{"203.0.113.9:20", "0.0.0.0:0", "[2001:db8::9]:20"} {
+		t.Run(peer, func(t *testing.T) { testFTPStranger(t, peer) })
+	}
+}
+
+func testFTPStranger(t *testing.T, peer string) {
+	t.Helper()
+	h := NewHandler(HandlerConfig{Context: "default"})
+	defer h.Close()
+	far, stranger := net.Pipe()
+	client := &callable{script: script{pieces: []string{"PORT 192,0,2,1,4,1\r\n"}}, called: make(chan [2]netip.AddrPort, 1)}
+	up := &bindable{script: script{pieces: []string{"220 x\r\n"}}, at: "203.0.113.10:258", data: pipeConn{far}, peer: peer}
+	f := &Flow{Network: TCP, Src: netip.MustParseAddrPort("192.0.2.1:40000"), Orig: netip.MustParseAddrPort("198.51.100.1:21"), Dst: AddrFrom(netip.MustParseAddrPort("198.51.100.1:21"))}
+	c, s, done := h.watchFTP(t.Context(), f, Decision{FTP: FTPActive, Action: Forward, Via: &dialer{name: "eu"}}, client, up)
+	defer done()
+	buf := make([]byte, 1<<10)
+	for _, r := range []io.Reader{s, c} {
+		if _, err := r.Read(buf); err != nil {
+			t.Fatal(err)
+		}
+	}
+	_ = stranger.SetReadDeadline(time.Now().Add(5 * time.Second))
+	if _, err := stranger.Read(buf); !errors.Is(err, io.EOF) {
+		t.Errorf("the connection stands: %v", err)
+	}
+	if len(client.called) != 0 {
+		t.Error("the application was connected to")
+	}
+}
+
+// TestFTPWatched: only what can be a control connection through an upstream is watched.
+func TestFTPWatched(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		mode FTPMode
+		port uint16
+		up   Conn
+		want bool
+	}{
+		{"port 21", FTPRefuse, 21, &bindable{}, true},
+		{"port 21, an upstream without BIND", FTPRefuse, 21, &script{}, true},
+		{"another port", FTPRefuse, 2121, &bindable{}, false},
+		{"another port, by rule", FTPActive, 2121, &bindable{}, true},
+		{"ignored", FTPIgnore, 21, &bindable{}, false},
+		{"direct", FTPRefuse, 21, &bindable{flat: true}, false},
+		{"direct, by rule", FTPActive, 21, &bindable{flat: true}, false},
+	} {
+		if got := isFTP(&Flow{Dst: Addr{Port: tt.port}}, Decision{FTP: tt.mode}, tt.up); got != tt.want {
+			t.Errorf("%s: %v", tt.name, got)
+		}
+	}
+}
+
+// TestFTPOtherProtocol: a client that speaks first, and not in lines, is not kept waiting for the end of one.
+func TestFTPOtherProtocol(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := NewHandler(HandlerConfig{Context: "default"})
+		defer h.Close()
+		near, app := memPipe()
+		defer near.Close()
+		c, _, done := h.watchFTP(t.Context(), &Flow{}, Decision{FTP: FTPActive}, near, &script{})
+		defer done()
+		mustWrite(t, app, "\x16\x03\x01\x02\x00")
+		begin := time.Now()
+		_ = near.SetReadDeadline(begin.Add(time.Second)) // in the bubble, it passes if the bytes are kept
+		mustRead(t, c, "\x16\x03\x01\x02\x00")
+		if took := time.Since(begin); took != 0 {
+			t.Errorf("kept for %v", took)
+		}
+	})
+}
+
+// TestFTPPassive: a transfer in passive mode waits for nothing, though a connection was prepared before it.
+func TestFTPPassive(t *testing.T) {
+	for _, verb := range []string{"PASV", "EPSV"} {
+		synctest.Test(t, func(t *testing.T) {
+			h := NewHandler(HandlerConfig{Context: "default"})
+			defer h.Close()
+			app := &callable{script: script{pieces: []string{"PORT 192,0,2,1,4,1\r\n", verb + "\r\n"}}}
+			replies := []string{"220 x\r\n", "150 here\r\n", "226 done\r\n"}
+			up := &bindable{script: script{pieces: slices.Clone(replies)}, at: "203.0.113.10:258"}
+			f := &Flow{Network: TCP, Src: netip.MustParseAddrPort("192.0.2.1:40000"), Orig: netip.MustParseAddrPort("198.51.100.1:21")}
+			c, s, done := h.watchFTP(t.Context(), f, Decision{FTP: FTPActive, Action: Forward}, app, up)
+			defer done()
+			begin := time.Now()
+			buf := make([]byte, 1<<10)
+			for _, r := range []io.Reader{c, c, s, s, s} {
+				if _, err := r.Read(buf); err != nil {
+					t.Fatal(err)
+				}
+			}
+			synctest.Wait()
+			if took := time.Since(begin); took != 0 || len(h.table.Snapshot()) != 0 {
+				t.Errorf("%v, %v", took, h.table.Snapshot())
+			}
+		})
+	}
+}
+
+// TestFTPOvertaken: the end of a transfer waits for its data connection to reach the application, a while; other replies do not.
+func TestFTPOvertaken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := NewHandler(HandlerConfig{Context: "default"})
+		defer h.Close()
+		app := &callable{script: script{pieces: []string{"PORT 192,0,2,1,4,1\r\n"}}}
+		replies := []string{"220 x\r\n", "200 ok\r\n", "250 there\r\n", "150 here\r\n", "226 done\r\n", "226 more\r\n"}
+		up := &bindable{script: script{pieces: slices.Clone(replies)}, at: "203.0.113.10:258"}
+		f := &Flow{Network: TCP, Src: netip.MustParseAddrPort("192.0.2.1:40000"), Orig: netip.MustParseAddrPort("198.51.100.1:21")}
+		c, s, done := h.watchFTP(t.Context(), f, Decision{FTP: FTPActive, Action: Forward}, app, up)
+		defer done()
+		buf := make([]byte, 1<<10)
+		if _, err := c.Read(buf); err != nil {
+			t.Fatal(err)
+		}
+		for _, want := range replies {
+			begin := time.Now()
+			n, err := s.Read(buf)
+			if err != nil || string(buf[:n]) != want {
+				t.Fatalf("%q, %v", buf[:n], err)
+			}
+			if took := time.Since(begin); (took == ftpLate) != (want == "226 done\r\n") {
+				t.Errorf("%q came after %v", want, took)
+			}
+		}
+	})
 }
 
 // pipeConn is a net.Pipe as a flow sees it: its half-close is a whole one.

@@ -233,7 +233,7 @@ func (c *liveContext) setRules(rules *routing.Table) {
 	c.rules.Store(rules)
 	c.handler.SetDecider(rules)
 	c.table.KillIf(func(i *flow.Info) bool {
-		a := rules.Decide(&i.Flow).Action
+		a := rules.Decide(i.Ruled()).Action
 		return a == flow.Block || a == flow.Drop
 	})
 }
