@@ -13,7 +13,7 @@ FUZZTIME ?= 20s
 BENCHTIME ?= 0.2s
 BENCHCOUNT ?= 10
 
-.PHONY: build cross demo test unit race e2e interop fuzz bench microbench microbench-baseline profile lint fmt fmt-check check image install clean
+.PHONY: build cross demo test unit race e2e interop soak fallbacks fuzz bench microbench microbench-baseline profile lint fmt fmt-check check image install clean
 
 build: ## the static binary, ./mprox
 	go build -trimpath -ldflags '$(LDFLAGS)' -o mprox ./cmd/mprox
@@ -40,6 +40,16 @@ e2e: build ## black-box tests in namespaces against real servers (needs root)
 interop: build ## every proxy server through mprox; writes the table of docs/interop.md (needs root; installs the servers)
 	bash e2e/setup.sh
 	MPROX_INTEROP=write MPROX_BIN=$(CURDIR)/mprox go test -count=1 -v -run '^TestInterop$$' ./e2e/
+
+# The tests of the main job: everything that a packet's way through the device can break.
+MAINJOB := ^Test(TCP|UDP|Ping|DNS|Up|Pool|Dead|Actions|SYN|Lossy|Backpressure|Many|RealClients|Keep|Malformed|Hostile|Leak|Gateway|Offload)
+
+fallbacks: build ## the main job's tests with each of the techniques of the device taken away (needs root)
+	bash e2e/setup.sh
+	for off in no-uso none no-header; do \
+		MPROX_TUN_OFFLOADS=$$off MPROX_BIN=$(CURDIR)/mprox go test -count=1 -timeout 25m -run '$(MAINJOB)' ./e2e || exit 1; \
+	done
+	MPROX_TUN_QUEUES=4 MPROX_BIN=$(CURDIR)/mprox go test -count=1 -timeout 25m -run '$(MAINJOB)' ./e2e
 
 soak: build ## the long versions of e2e tests (needs root): 10,000 connections ten times, a minute of mixed load under the race detector
 	CGO_ENABLED=1 go build -race -o dist/mprox-race ./cmd/mprox

@@ -130,6 +130,9 @@ type Cache struct {
 type TUN struct {
 	Name string `json:"name" fixed:"true" doc:"Name of the device, at most 15 bytes. Empty: mprox0 for the context default, mprox-NAME for another."`
 	MTU  int    `json:"mtu" default:"1500" min:"1280" max:"65535" fixed:"true" doc:"MTU of the device in bytes; IPv6 needs 1280."`
+
+	Offloads string `json:"offloads" default:"auto" enum:"auto,no-uso,none,no-header" fixed:"true" doc:"What the kernel is asked to leave to us: all it has (auto), no trains of datagrams (no-uso), neither trains nor checksums (none), nor a virtio-net header in front of packets (no-header). All but auto are for finding faults: they cost speed and nothing else."`
+	Queues   int    `json:"queues" default:"1" min:"1" max:"16" fixed:"true" doc:"How many threads read the device at a time."`
 }
 
 // Limits are the bounds of a context.

@@ -49,13 +49,18 @@ func exchangeUDP(c *net.UDPConn, dst netip.AddrPort, b []byte) ([]byte, netip.Ad
 	return nil, netip.AddrPort{}, err
 }
 
-// TestUDPSizes echoes datagrams of all sizes, so that both directions fragment.
 func TestUDPSizes(t *testing.T) {
 	t.Parallel()
 	l := lab.New(t, lab.Options{})
 	s := l.Dante(t, 1080, true)
 	m := l.Mprox(t)
 	m.Up("--proxy", s.URL())
+	udpSizes(t, l, m)
+}
+
+// udpSizes echoes datagrams of all sizes, so that both directions fragment.
+func udpSizes(t *testing.T, l *lab.Lab, m *lab.Mprox) {
+	t.Helper()
 	sizes := []int{1, 2, 3, 100, 1232, 1400, 1452, 1453, 1472, 1473, 1500, 2000, 2960, 8000, 9000, 20000, 32767, 32768, 40001, 60000, 65000, 65480, 65485, 65486, 65497}
 	for _, c := range []struct {
 		dst  netip.Addr

@@ -23,6 +23,8 @@ type environment struct {
 	proxy, dns, bypass           []string
 	tun                          string
 	mtu                          int
+	tunOffloads                  string // "" = as configured
+	tunQueues                    int    // 0 = as configured
 	inputPorts                   []config.PortRange
 	allowLAN                     []string
 	killswitch                   string // "", on, off
@@ -51,6 +53,18 @@ func readEnvironment(lookup func(string) (string, bool)) (environment, error) {
 			errs = append(errs, usageError("MTU %q is not a number", text))
 		}
 		e.mtu = n
+	}
+	switch e.tunOffloads = get("MPROX_TUN_OFFLOADS"); e.tunOffloads {
+	case "", "auto", "no-uso", "none", "no-header":
+	default:
+		errs = append(errs, usageError("MPROX_TUN_OFFLOADS: %q is none of auto, no-uso, none, no-header", e.tunOffloads))
+	}
+	if text := get("MPROX_TUN_QUEUES"); text != "" {
+		n, err := strconv.Atoi(text)
+		if err != nil || n < 1 || n > 16 {
+			errs = append(errs, usageError("MPROX_TUN_QUEUES: %q is not a number from 1 to 16", text))
+		}
+		e.tunQueues = n
 	}
 	for _, text := range splitList(get("MPROX_INPUT_PORTS")) {
 		r, err := parsePorts(text)
@@ -166,6 +180,12 @@ func (e *environment) over(cfg *config.Config) {
 			c.OnCrash, c.OnStop = "block", "block"
 		case "off":
 			c.OnCrash, c.OnStop = "open", "open"
+		}
+		if e.tunOffloads != "" {
+			c.TUN.Offloads = e.tunOffloads
+		}
+		if e.tunQueues != 0 {
+			c.TUN.Queues = e.tunQueues
 		}
 		cfg.Contexts[name] = c
 	}

@@ -23,6 +23,7 @@ func TestEnvironment(t *testing.T) {
 	e, err := readEnvironment(lookupIn(map[string]string{
 		"MPROX_PROXY_FILE": secret, "MPROX_DNS": "tcp://192.0.2.53", "MTU": "1400", "TUN": "tun7", "MPROX_INPUT_PORTS": "80, 9000-9001",
 		"MPROX_ALLOW_LAN": "192.168.0.0/16", "MPROX_KILLSWITCH": "OFF", "MPROX_HTTP_LISTEN": "127.0.0.1:9464", "MPROX_LOG_LEVEL": "debug",
+		"MPROX_TUN_OFFLOADS": "none", "MPROX_TUN_QUEUES": "2",
 	}))
 	if err != nil {
 		t.Fatal(err)
@@ -40,7 +41,8 @@ func TestEnvironment(t *testing.T) {
 	e.over(cfg)
 	c := cfg.Contexts["default"]
 	if !slices.Equal(c.InputPorts, []config.PortRange{{From: 80, To: 80}, {From: 9000, To: 9001}}) || !slices.Contains(c.Bypass.Address, "192.168.0.0/16") ||
-		c.OnCrash != "open" || c.OnStop != "open" || cfg.HTTP.Listen != "127.0.0.1:9464" {
+		c.OnCrash != "open" || c.OnStop != "open" || cfg.HTTP.Listen != "127.0.0.1:9464" ||
+		c.TUN.Offloads != "none" || c.TUN.Queues != 2 {
 		t.Errorf("configuration: %+v", c)
 	}
 }
@@ -55,6 +57,8 @@ func TestEnvironmentRefuses(t *testing.T) {
 		{"MPROX_INPUT_PORTS": "65536"},
 		{"MPROX_ALLOW_LAN": "maybe"},
 		{"MPROX_KILLSWITCH": "1"},
+		{"MPROX_TUN_OFFLOADS": "some"},
+		{"MPROX_TUN_QUEUES": "0"},
 	} {
 		if e, err := readEnvironment(lookupIn(vars)); err == nil {
 			t.Errorf("%v: %+v", vars, e)

@@ -130,7 +130,7 @@ func (c *liveContext) open(ctx context.Context) (err error) {
 	}()
 	var names errgroup.Group
 	names.Go(c.names.Start) // writes a file to the disk meanwhile
-	dev, err := tun.Open(tun.Config{Name: c.deviceName(), MTU: c.cfg.TUN.MTU})
+	dev, err := tun.Open(tunConfig(c.deviceName(), c.cfg.TUN))
 	if err != nil {
 		err = fmt.Errorf("context %s: %w", c.name, err)
 	} else {
@@ -156,6 +156,14 @@ func (c *liveContext) open(ctx context.Context) (err error) {
 		return fmt.Errorf("context %s: netstack: %w", c.name, err)
 	}
 	return nil
+}
+
+// tunConfig is the device that the configuration describes.
+func tunConfig(name string, cfg config.TUN) tun.Config {
+	return tun.Config{
+		Name: name, MTU: cfg.MTU, Queues: cfg.Queues,
+		NoUSO: cfg.Offloads == "no-uso", NoOffload: cfg.Offloads == "none", NoHeader: cfg.Offloads == "no-header",
+	}
 }
 
 // deviceName is the TUN's configured name, or one that shows the context.
