@@ -53,7 +53,7 @@ func (s *sender) udp(src, dst netip.AddrPort, payload []byte) bool {
 		if v4 {
 			h.CsumStart = header.IPv4MinimumSize
 		}
-		h.CsumOffset = 6
+		h.CsumOffset = udpChecksum
 	} else {
 		sum = ^checksum.Checksum(payload, checksum.Checksum(head[:], sum))
 		if sum == 0 {
@@ -99,7 +99,7 @@ func (s *sender) udpTrain(src, dst netip.AddrPort, ds []flow.Datagram) {
 		room[2+i] = ds[i].Buf
 		length += len(ds[i].Buf)
 	}
-	h := tun.Header{Flags: tun.NeedsChecksum, GSOType: tun.GSOUDP, GSOSize: uint16(len(ds[0].Buf)), CsumOffset: 6}
+	h := tun.Header{Flags: tun.NeedsChecksum, GSOType: tun.GSOUDP, GSOSize: uint16(len(ds[0].Buf)), CsumOffset: udpChecksum}
 	var head [header.UDPMinimumSize]byte
 	binary.BigEndian.PutUint16(head[0:], src.Port())
 	binary.BigEndian.PutUint16(head[2:], dst.Port())

@@ -305,12 +305,15 @@ func (r *reader) deliver(n *nic, p *packet) {
 	pkt.DecRef()
 }
 
-// headerView copies b, at most 128 bytes, to the end of a chunk: into room behind it Append would copy the first bytes of the payload,
+// headersMax is the largest chunk for headers: that of IPv4 and TCP with all options has 120 bytes.
+const headersMax = 128
+
+// headerView copies b, at most headersMax bytes, to the end of a chunk: into room behind it Append would copy the first bytes of the payload,
 // which would then leave by two system calls, the first for a few bytes.
 func headerView(b []byte) *buffer.View {
 	size := 64 // the two smallest chunks gVisor pools
 	if len(b) > size {
-		size = 128
+		size = headersMax
 	}
 	v := buffer.NewViewSize(size)
 	v.TrimFront(size - len(b))

@@ -29,7 +29,7 @@ type packet struct {
 	why     drop
 	proto   tcpip.NetworkProtocolNumber
 	length  int // of the IP packet; bytes after it are padding
-	headers int // bytes of IP and TCP header; 0 if it is not plain TCP
+	headers int // bytes of IP and TCP header, at most headersMax; 0 if it is not TCP or has more
 
 	src, dst netip.AddrPort // toUDP only, as are payload and segment
 	payload  []byte
@@ -49,7 +49,8 @@ const (
 
 func (p *packet) drop(d drop) { p.verdict, p.why = dropped, d }
 
-// parse classifies the packet b. It is pure, never panics, and lets nothing pass to UDP that netstack's own checks would reject.
+// parse classifies the packet b, of which it changes nothing but a checksum that the kernel has left open in an unusual place. It never panics, and
+// lets nothing pass to UDP, or to netstack as verified, that netstack's own checks would reject.
 func (p *packet) parse(b []byte, h *tun.Header) {
 	*p = packet{}
 	if len(b) == 0 {
@@ -91,8 +92,7 @@ func (p *packet) parse4(b []byte, h *tun.Header) {
 		return
 	}
 	fragment := binary.BigEndian.Uint16(b[ip4Fragment:])&ip4FragmentMask != 0
-	plain := hlen == header.IPv4MinimumSize && !fragment
-	p.transport(b, h, hlen, tcpip.TransportProtocolNumber(b[ip4Protocol]), plain, fragment, src, dst)
+	p.transport(b, h, hlen, tcpip.TransportProtocolNumber(b[ip4Protocol]), fragment, hlen == header.IPv4MinimumSize, src, dst)
 }
 
 func (p *packet) parse6(b []byte, h *tun.Header) {
@@ -113,10 +113,33 @@ func (p *packet) parse6(b []byte, h *tun.Header) {
 		p.drop(d)
 		return
 	}
-	next := tcpip.TransportProtocolNumber(b[ip6Next])
-	plain := next == header.TCPProtocolNumber || next == header.UDPProtocolNumber
-	// Behind other extension headers a fragment header can hide; the kernel leaves no checksum open in one of those.
-	p.transport(b, h, header.IPv6MinimumSize, next, plain, !plain && h.Flags&tun.NeedsChecksum == 0, src, dst)
+	at, next := behindOptions(b)
+	p.transport(b, h, at, next, next == ipv6Fragment, at == header.IPv6MinimumSize, src, dst)
+}
+
+// maxExtensions bounds the extension headers that are looked behind: applications have one, or two (RFC 8200 section 4.1).
+const maxExtensions = 4
+
+// behindOptions returns where in an IPv6 packet what follows its options and routing headers begins, and what that is.
+func behindOptions(b []byte) (int, tcpip.TransportProtocolNumber) {
+	at, next := header.IPv6MinimumSize, tcpip.TransportProtocolNumber(b[ip6Next])
+	for range maxExtensions {
+		switch header.IPv6ExtensionHeaderIdentifier(next) {
+		case header.IPv6HopByHopOptionsExtHdrIdentifier, header.IPv6RoutingExtHdrIdentifier, header.IPv6DestinationOptionsExtHdrIdentifier:
+		default:
+			return at, next
+		}
+		if len(b) < at+2 {
+			break
+		}
+		length := 8 * (int(b[at+1]) + 1)
+		if len(b) < at+length {
+			break
+		}
+		next = tcpip.TransportProtocolNumber(b[at])
+		at += length
+	}
+	return at, tcpip.TransportProtocolNumber(header.IPv6NoNextHeaderIdentifier) // netstack looks further
 }
 
 // badAddress finds addresses that must not be on the link (RFC 1122 section 3.2.1.3, RFC 4291 section 2.5), and the ones no proxy carries.
@@ -133,35 +156,39 @@ func badAddress(src, dst netip.Addr) (drop, bool) {
 
 func broadcast4() netip.Addr { return netip.AddrFrom4([4]byte{255, 255, 255, 255}) }
 
-// transport decides by the transport protocol, whose header is at b[at:] if plain.
-func (p *packet) transport(b []byte, h *tun.Header, at int, proto tcpip.TransportProtocolNumber, plain, untrusted bool, src, dst netip.Addr) {
-	if h.GSOType != tun.GSONone && !p.trainOK(h, plain, proto) {
+// transport decides by the transport protocol, whose header is at b[at:], direct if there is nothing between it and the IP header.
+func (p *packet) transport(b []byte, h *tun.Header, at int, proto tcpip.TransportProtocolNumber, fragment, direct bool, src, dst netip.Addr) {
+	if h.GSOType != tun.GSONone && (fragment || !p.trainOK(h, proto, direct)) {
 		p.drop(dropOffload)
 		return
 	}
-	verified := !untrusted && vouched(h, at, len(b))
-	switch {
-	case plain && proto == header.UDPProtocolNumber:
-		p.udp(b[at:], h, verified, src, dst)
+	vouched := !fragment && vouched(h, at, proto)
+	if !vouched && h.Flags&tun.NeedsChecksum != 0 && !complete(b, h) {
+		p.drop(dropOffload)
 		return
-	case plain && proto == header.TCPProtocolNumber && len(b) >= at+header.TCPMinimumSize:
-		if n := at + int(b[at+header.TCPDataOffset]>>4)*4; n >= at+header.TCPMinimumSize && n <= len(b) {
-			p.headers = n
-		}
 	}
 	p.verdict = toNetstackSlow
-	if verified {
+	switch {
+	case fragment:
+	case proto == header.UDPProtocolNumber && direct:
+		p.udp(b[at:], h, vouched, src, dst)
+	case proto == header.TCPProtocolNumber && len(b) >= at+header.TCPMinimumSize:
+		if n := at + int(b[at+header.TCPDataOffset]>>4)*4; n >= at+header.TCPMinimumSize && n <= min(len(b), headersMax) {
+			p.headers = n
+		}
+		if vouched {
+			p.verdict = toNetstack
+		}
+	case proto == header.UDPProtocolNumber && vouched: // options before it: by netstack
 		p.verdict = toNetstack
 	}
 }
 
-// trainOK says whether the kernel may have made a train of this packet: only TCP and UDP without options in front of it are asked for.
-func (p *packet) trainOK(h *tun.Header, plain bool, proto tcpip.TransportProtocolNumber) bool {
+// trainOK says whether the kernel may have made a train of this packet: of UDP behind options it does not.
+func (p *packet) trainOK(h *tun.Header, proto tcpip.TransportProtocolNumber, direct bool) bool {
 	switch {
-	case !plain:
-		return false
 	case proto == header.UDPProtocolNumber:
-		return h.GSOType == tun.GSOUDP && h.GSOSize > 0
+		return direct && h.GSOType == tun.GSOUDP && h.GSOSize > 0
 	case proto != header.TCPProtocolNumber:
 		return false
 	case p.proto == header.IPv4ProtocolNumber:
@@ -170,14 +197,44 @@ func (p *packet) trainOK(h *tun.Header, plain bool, proto tcpip.TransportProtoco
 	return h.GSOType == tun.GSOTCP6
 }
 
-// vouched says whether the kernel answers for the transport checksum: it has verified it, or has not computed it yet, because this machine
-// made the packet. The stack claims receive checksum offload, so what neither holds for must be verified by someone.
-func vouched(h *tun.Header, at, length int) bool {
-	if h.Flags&tun.NeedsChecksum != 0 {
-		start := int(h.CsumStart)
-		return start >= at && start+int(h.CsumOffset)+2 <= length
+// Offsets of the checksum in the headers of TCP (RFC 9293 section 3.1) and UDP (RFC 768).
+const (
+	tcpChecksum = 16
+	udpChecksum = 6
+)
+
+// vouched says whether the kernel answers for the checksum of the TCP or UDP header at at: it has verified it, or has not computed it yet, because
+// this machine made the packet. The stack claims receive checksum offload, so what neither holds for must be verified by someone.
+func vouched(h *tun.Header, at int, proto tcpip.TransportProtocolNumber) bool {
+	offset := uint16(udpChecksum)
+	switch proto {
+	case header.TCPProtocolNumber:
+		offset = tcpChecksum
+	case header.UDPProtocolNumber:
+	default:
+		return false
 	}
-	return h.Flags&tun.ChecksumValid != 0
+	if h.Flags&tun.NeedsChecksum == 0 {
+		return h.Flags&tun.ChecksumValid != 0
+	}
+	return int(h.CsumStart) == at && h.CsumOffset == offset
+}
+
+// complete puts in the checksum that the kernel has left open behind IP options, extension headers and in protocols that the link does not know, as a
+// network device would: netstack then verifies it as any other. It reports false if its place is not in the packet, or the packet is a train, which it
+// would not be the checksum of.
+func complete(b []byte, h *tun.Header) bool {
+	start := int(h.CsumStart)
+	at := start + int(h.CsumOffset)
+	if start < header.IPv4MinimumSize || at+2 > len(b) || h.GSOType != tun.GSONone {
+		return false
+	}
+	sum := ^checksum.Checksum(b[start:], 0) // the sum of the pseudo-header stands in its place
+	if sum == 0 {
+		sum = 0xffff // the same number, and not UDP's "none"
+	}
+	binary.BigEndian.PutUint16(b[at:], sum)
+	return true
 }
 
 // udp checks a UDP datagram, b being its header and everything after (RFC 768, RFC 8200 section 8.1). Of a train (what an application has
