@@ -84,6 +84,9 @@ type batchConn struct {
 		n     int
 		err   error
 		ready func(fd uintptr) bool // made once: a closure a call would be an allocation a call
+
+		readable func(fd uintptr) bool // of the reading side, see WaitRead
+		asked    bool
 	}
 	segments segmenter // guarded by wr.mu
 }
@@ -93,7 +96,7 @@ func (c *batchConn) init(n *Net, u *net.UDPConn, cd codec, dropped *atomic.Uint6
 	if c.raw, err = u.SyscallConn(); err != nil {
 		return err
 	}
-	c.rd.ready, c.wr.ready = c.recv, c.send
+	c.rd.ready, c.wr.ready, c.rd.readable = c.recv, c.send, c.readable
 	return c.raw.Control(func(fd uintptr) {
 		if !n.cfg.NoSegment && canSegment(int(fd)) {
 			c.segments.limit = maxTrain
@@ -231,9 +234,9 @@ func (c *batchConn) send(fd uintptr) bool {
 	return true
 }
 
-// mmsg is recvmmsg(2) or sendmmsg(2); x/sys has neither.
+// mmsg is recvmmsg(2) or sendmmsg(2); x/sys has neither. Raw, since it never blocks: the scheduler need not be told, nor its monitor woken up.
 func mmsg(call uintptr, fd uintptr, hdrs []mmsghdr) (int, unix.Errno) {
-	n, _, errno := unix.Syscall6(call, fd, uintptr(unsafe.Pointer(&hdrs[0])), uintptr(len(hdrs)), unix.MSG_DONTWAIT, 0, 0)
+	n, _, errno := unix.RawSyscall6(call, fd, uintptr(unsafe.Pointer(&hdrs[0])), uintptr(len(hdrs)), unix.MSG_DONTWAIT, 0, 0)
 	return int(n), errno
 }
 

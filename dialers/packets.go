@@ -3,7 +3,7 @@
 package dialers
 
 import (
-	"errors"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -47,15 +47,22 @@ func (p *Pool) UDPNames() bool {
 // WaitRead waits until there is something to read, for readers that hold no buffer meanwhile (flow.Waiter). The one goroutine that calls
 // ReadBatch calls it.
 func (c *batchConn) WaitRead() error {
-	return c.raw.Read(readable)
+	c.rd.asked = false
+	return c.raw.Read(c.rd.readable)
 }
 
-// readable reports whether a socket has a datagram or an error; false waits for one.
-func readable(fd uintptr) bool {
+// readable reports whether the socket has a datagram or an error; false waits for one. It asks the kernel only before it waits: what comes after
+// that, the poller says by itself. Should it be wrong, ReadBatch waits.
+func (c *batchConn) readable(fd uintptr) bool {
+	if c.rd.asked {
+		return true
+	}
+	c.rd.asked = true
 	p := [1]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
 	for {
-		n, err := unix.Poll(p[:], 0)
-		if !errors.Is(err, unix.EINTR) {
+		// Raw, as in mmsg: it returns at once.
+		n, _, errno := unix.RawSyscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&p[0])), 1, uintptr(unsafe.Pointer(&unix.Timespec{})), 0, 0, 0)
+		if errno != unix.EINTR {
 			return n != 0 // with any other error, reading says what is wrong
 		}
 	}

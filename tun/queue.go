@@ -128,7 +128,7 @@ func (q *Queue) Write(h *Header, pieces ...[]byte) error {
 		return os.ErrClosed
 	}
 	for {
-		_, _, err := unix.Syscall(unix.SYS_WRITEV, uintptr(q.fd), uintptr(unsafe.Pointer(&iov[q.skip])), uintptr(n-q.skip))
+		_, _, err := unix.RawSyscall(unix.SYS_WRITEV, uintptr(q.fd), uintptr(unsafe.Pointer(&iov[q.skip])), uintptr(n-q.skip))
 		switch err {
 		case 0:
 			return nil
@@ -164,7 +164,7 @@ func (q *Queue) readv(wire *[HeaderLen]byte, buf []byte) (int, unix.Errno) {
 	iov := [2]unix.Iovec{{Base: &wire[0]}, {Base: unsafe.SliceData(buf)}}
 	iov[0].SetLen(HeaderLen)
 	iov[1].SetLen(len(buf))
-	n, _, err := unix.Syscall(unix.SYS_READV, uintptr(q.fd), uintptr(unsafe.Pointer(&iov[q.skip])), uintptr(len(iov)-q.skip))
+	n, _, err := unix.RawSyscall(unix.SYS_READV, uintptr(q.fd), uintptr(unsafe.Pointer(&iov[q.skip])), uintptr(len(iov)-q.skip))
 	if err != 0 {
 		return 0, err
 	}
