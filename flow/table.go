@@ -259,6 +259,9 @@ func (t *Table) KillIf(f func(*Info) bool) int {
 	return n
 }
 
+// Started returns how many flows have begun in the table's life.
+func (t *Table) Started() uint64 { return t.started.Load() }
+
 // Len returns how many slots are taken; never more than MaxFlows.
 func (t *Table) Len() int { return int(max(0, min(t.slots.Load(), t.maxFlows.Load()))) }
 

@@ -63,7 +63,7 @@ type Daemon struct {
 	life      context.Context //nolint:containedctx // the daemon's own, for what outlives the call that began it
 	stop      context.CancelFunc
 	docker    bool           // see contextEnv
-	leftovers sync.WaitGroup // leases that have ended, waiting for their last process; keepMemory
+	leftovers sync.WaitGroup // leases that have ended, waiting for their last process; keepMemory, keepProcs
 	ready     atomic.Bool
 	watcher   watcher
 	closed    atomic.Bool // the end leaves everything closed
@@ -108,6 +108,7 @@ func (d *Daemon) Run(ctx context.Context, ready func()) (err error) {
 		return errors.Join(err, d.shutdown(policy.StopOpen))
 	}
 	d.leftovers.Go(func() { keepMemory(ctx) })
+	d.leftovers.Go(func() { keepProcs(ctx, d.flowsStarted) })
 	d.watcher.want(d)
 	d.ready.Store(true)
 	if ready != nil {
@@ -256,6 +257,17 @@ func (d *Daemon) live() []*liveContext {
 		return cmp.Compare(a.name, b.name)
 	})
 	return out
+}
+
+// flowsStarted is how many flows have begun in the contexts at work.
+func (d *Daemon) flowsStarted() uint64 {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	total := uint64(0)
+	for _, c := range d.contexts {
+		total += c.table.Started()
+	}
+	return total
 }
 
 // spec is what all contexts together want from the kernel.
