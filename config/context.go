@@ -34,6 +34,7 @@ type Selector struct {
 	Exe        []string       `json:"exe" doc:"Absolute path of the executable."`
 	Cgroup     []string       `json:"cgroup" doc:"Path below the cgroup v2 mount; everything below it is meant too."`
 	Unit       []string       `json:"unit" doc:"systemd unit, such as nginx.service or user.slice."`
+	Container  []string       `json:"container" doc:"Container by name or ID (Docker, Podman), or by the number of a process in it. Alone in its entry; also in mode global."`
 	Interface  []string       `json:"interface" doc:"Mode gateway: the interface that packets arrive on."`
 	SourceCIDR []netip.Prefix `json:"source_cidr" doc:"Mode gateway: the addresses that packets come from."`
 	Scope      string         `json:"scope" default:"tree" enum:"current,tree,session,group" doc:"With pid and exe: the process alone, with its descendants, its session, or its process group."`

@@ -115,7 +115,17 @@ func (v *validator) selector(path string, s *Selector, mode string) {
 	local := len(s.PID) + len(s.UID) + len(s.User) + len(s.GID) + len(s.Exe) + len(s.Cgroup) + len(s.Unit)
 	remote := len(s.Interface) + len(s.SourceCIDR)
 	v.emptyLists(path, reflect.ValueOf(*s))
+	for i, name := range s.Container {
+		if name == "" || strings.ContainsFunc(name, notContainerRune) {
+			v.add(joinIndex(path+".container", i), "%q is not the name of a container: letters, digits, _ . and -", name)
+		}
+	}
 	switch {
+	case len(s.Container) > 0 && mode == "gateway":
+		v.add(path, "mode gateway selects by interface and source_cidr: give the interface of the containers' network")
+	case len(s.Container) > 0 && local+remote > 0:
+		v.add(path, "container stands alone in its entry: users and executables of a container are its own")
+	case len(s.Container) > 0:
 	case local+remote == 0:
 		v.add(path, "nothing is given that selects anyone")
 	case mode == "gateway" && local > 0:
@@ -134,6 +144,10 @@ func (v *validator) selector(path string, s *Selector, mode string) {
 	for i, name := range s.Interface {
 		v.device(joinIndex(path+".interface", i), name)
 	}
+}
+
+func notContainerRune(r rune) bool {
+	return (r < 'a' || r > 'z') && (r < 'A' || r > 'Z') && (r < '0' || r > '9') && r != '_' && r != '.' && r != '-'
 }
 
 func (v *validator) bypassAddress(path, a string, fake *Fake) {

@@ -18,8 +18,8 @@ func (c *Config) Warnings() []*Error {
 		if ctx.Mode == "disabled" {
 			continue
 		}
-		if ctx.Mode == "global" && len(ctx.Select) > 0 {
-			out = append(out, c.errorAt(path+".select", "select has no effect in mode global, which captures everyone", ""))
+		if ctx.Mode == "global" && slices.ContainsFunc(ctx.Select, func(s Selector) bool { return len(s.Container) == 0 }) {
+			out = append(out, c.errorAt(path+".select", "select has no effect in mode global, which captures everyone but containers", ""))
 		}
 		out = append(out, c.warnDNS(path, &ctx)...)
 	}

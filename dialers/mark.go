@@ -43,8 +43,10 @@ type NetConfig struct {
 	KeepAlive time.Duration
 	// NoSegment sends datagrams one by one, as on kernels without UDP_SEGMENT: for tests of that fall-back.
 	NoSegment bool
-	Log       *zap.Logger      // nil = none
-	Now       func() time.Time // nil = time.Now
+	// Inside runs what opens sockets in another network namespace; nil = this one.
+	Inside func(func() error) error
+	Log    *zap.Logger      // nil = none
+	Now    func() time.Time // nil = time.Now
 }
 
 // Net is the only opener of sockets in the project. Every socket carries the bypass mark from before its first packet: without it the
@@ -66,6 +68,9 @@ func NewNet(cfg NetConfig) *Net {
 	if cfg.HostsFile == "" {
 		cfg.HostsFile = "/etc/hosts"
 	}
+	if cfg.Inside == nil {
+		cfg.Inside = func(f func() error) error { return f() }
+	}
 	return &Net{cfg: cfg}
 }
 
@@ -83,7 +88,11 @@ func (n *Net) DialTCP(ctx context.Context, to netip.AddrPort) (flow.Conn, error)
 
 func (n *Net) dialTCP(ctx context.Context, to netip.AddrPort) (*TCPConn, error) {
 	d := net.Dialer{Control: n.control, KeepAliveConfig: n.keepAlive(), KeepAlive: n.cfg.KeepAlive}
-	c, err := d.DialTCP(ctx, "tcp", netip.AddrPort{}, to) // not DialContext, which would parse and resolve
+	var c *net.TCPConn
+	err := n.cfg.Inside(func() (err error) {
+		c, err = d.DialTCP(ctx, "tcp", netip.AddrPort{}, to) // not DialContext, which would parse and resolve
+		return err
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -94,7 +103,11 @@ func (n *Net) dialTCP(ctx context.Context, to netip.AddrPort) (*TCPConn, error) 
 func (n *Net) ListenTCP(ctx context.Context, laddr netip.AddrPort) (*net.TCPListener, error) {
 	lc := net.ListenConfig{Control: n.control, KeepAliveConfig: n.keepAlive(), KeepAlive: n.cfg.KeepAlive}
 	lc.SetMultipathTCP(false) // an MPTCP socket can be neither spliced nor asked for TCP_INFO
-	l, err := lc.Listen(ctx, "tcp", laddr.String())
+	var l net.Listener
+	err := n.cfg.Inside(func() (err error) {
+		l, err = lc.Listen(ctx, "tcp", laddr.String())
+		return err
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -112,7 +125,11 @@ func (n *Net) ListenUDP(ctx context.Context, laddr netip.AddrPort) (*net.UDPConn
 		}
 	}
 	lc := net.ListenConfig{Control: n.control}
-	pc, err := lc.ListenPacket(ctx, network, addr)
+	var pc net.PacketConn
+	err := n.cfg.Inside(func() (err error) {
+		pc, err = lc.ListenPacket(ctx, network, addr)
+		return err
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -122,7 +139,11 @@ func (n *Net) ListenUDP(ctx context.Context, laddr netip.AddrPort) (*net.UDPConn
 // DialUDP opens a UDP socket connected to an address: the kernel drops what comes from elsewhere and reports its ICMP errors.
 func (n *Net) DialUDP(ctx context.Context, to netip.AddrPort) (*net.UDPConn, error) {
 	d := net.Dialer{Control: n.control}
-	c, err := d.DialContext(ctx, "udp", to.String())
+	var c net.Conn
+	err := n.cfg.Inside(func() (err error) {
+		c, err = d.DialContext(ctx, "udp", to.String())
+		return err
+	})
 	if err != nil {
 		return nil, err
 	}

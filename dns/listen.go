@@ -51,7 +51,9 @@ func (s *Server) own(c io.Closer) (release func(), ok bool) {
 
 // ServePacket answers the queries that arrive on pc, until Close, which it then has closed; nil is returned. It is for loopback sockets
 // that the kernel redirects captured port-53 traffic to.
-func (s *Server) ServePacket(pc net.PacketConn) error {
+func (s *Server) ServePacket(pc net.PacketConn) error { return s.servePacket(pc, s.Exchange) }
+
+func (s *Server) servePacket(pc net.PacketConn, exchange exchanger) error {
 	release, ok := s.own(pc)
 	if !ok {
 		_ = pc.Close()
@@ -83,7 +85,7 @@ func (s *Server) ServePacket(pc net.PacketConn) error {
 		wg.Go(func() {
 			defer func() { <-s.busy }()
 			f := &flow.Flow{Context: s.context, Network: flow.UDP, Src: addrPort(from), Orig: local, Dst: flow.AddrFrom(local), Start: s.now()}
-			if reply, err := s.Exchange(s.life, f, query); err == nil {
+			if reply, err := exchange(s.life, f, query); err == nil {
 				_, _ = pc.WriteTo(reply, from) // a client that is gone asks no more
 			}
 		})
@@ -91,7 +93,9 @@ func (s *Server) ServePacket(pc net.PacketConn) error {
 }
 
 // ServeStream answers the queries that arrive on connections to l, until Close, which it then has closed; nil is returned.
-func (s *Server) ServeStream(l net.Listener) error {
+func (s *Server) ServeStream(l net.Listener) error { return s.serveStream(l, s.Exchange) }
+
+func (s *Server) serveStream(l net.Listener, exchange exchanger) error {
 	release, ok := s.own(l)
 	if !ok {
 		l.Close()
@@ -121,13 +125,13 @@ func (s *Server) ServeStream(l net.Listener) error {
 		}
 		wg.Go(func() {
 			defer func() { <-clients }()
-			s.serveConn(conn)
+			s.serveConn(conn, exchange)
 		})
 	}
 }
 
 // serveConn answers the queries of one connection, each as soon as it can (RFC 7766 section 7).
-func (s *Server) serveConn(conn net.Conn) {
+func (s *Server) serveConn(conn net.Conn, exchange exchanger) {
 	release, ok := s.own(conn)
 	if !ok {
 		conn.Close()
@@ -158,7 +162,7 @@ func (s *Server) serveConn(conn net.Conn) {
 		wg.Go(func() {
 			defer func() { <-s.busy; <-pipelined }()
 			f := &flow.Flow{Context: s.context, Network: flow.TCP, Src: remote, Orig: local, Dst: flow.AddrFrom(local), Start: s.now()}
-			reply, err := s.Exchange(ctx, f, query)
+			reply, err := exchange(ctx, f, query)
 			if err != nil { // not DNS: nothing sensible can follow on this stream
 				conn.Close()
 				return

@@ -171,6 +171,10 @@ func (c *Cgroup) Remove() error {
 // daemonCgroupLocked gives the daemon a cgroup that nobody else is in, once sockets of anybody's may be captured: only its own may carry the bypass mark.
 // Without a writable cgroup v2 (containers) the uid has to do.
 func (m *Manager) daemonCgroupLocked(spec Spec) error {
+	if m.cfg.Daemon != nil {
+		m.base.Daemon = *m.cfg.Daemon
+		return nil
+	}
 	if !spec.wide() || m.base.Daemon.Cgroup != nil || m.closed {
 		return nil
 	}
@@ -185,6 +189,27 @@ func (m *Manager) daemonCgroupLocked(spec Spec) error {
 	}
 	m.base.Daemon.Cgroup = &ref
 	return nil
+}
+
+// Daemon returns the cgroup that only the daemon is in, by which other namespaces tell its sockets from those of whoever sets marks: root in a
+// container can. ErrFeature where there can be none.
+func (m *Manager) Daemon() (Daemon, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	switch {
+	case m.closed || !m.prepared:
+		return Daemon{}, ErrClosed
+	case m.base.Daemon.Cgroup != nil:
+		return m.base.Daemon, nil
+	case !m.base.Features.Cgroup2 || !m.base.Features.NFTSocket:
+		return Daemon{}, fmt.Errorf("%w: containers are captured with a writable cgroup v2 and `socket cgroupv2` in nftables only", ErrFeature)
+	}
+	ref, err := m.enterCgroupLocked()
+	if err != nil {
+		return Daemon{}, err
+	}
+	m.base.Daemon = Daemon{Cgroup: &ref, UID: uint32(os.Geteuid())}
+	return m.base.Daemon, nil
 }
 
 func (m *Manager) enterCgroupLocked() (CgroupRef, error) {

@@ -61,7 +61,7 @@ func Cleanup(ctx context.Context, cfg Config, in Instance) (Report, error) {
 // at their default places.
 func sweep(ctx context.Context, cfg Config, in Instance, l *locks) (Report, error) {
 	j := newJournal(Spec{Instance: in}.withDefaults(), cfg.Host.Netns())
-	taken := otherSlots(in.Journal)
+	taken := otherSlots(in.Journal, cfg.Host.Netns())
 	mode := ModeCgroup
 	if !in.Run {
 		mode = ModeGlobal // one of them owns the rules of the global block, whichever it was
@@ -81,8 +81,8 @@ func sweep(ctx context.Context, cfg Config, in Instance, l *locks) (Report, erro
 	return Report{Removed: t.removed}, err
 }
 
-// otherSlots are those that journals beside this one hold: survivors of a killed run are blocked by them.
-func otherSlots(journal string) map[int]bool {
+// otherSlots are those that journals of the namespace beside this one hold: survivors of a killed run are blocked by them.
+func otherSlots(journal string, ns Netns) map[int]bool {
 	taken := map[int]bool{}
 	entries, err := os.ReadDir(filepath.Dir(journal))
 	if err != nil {
@@ -93,7 +93,7 @@ func otherSlots(journal string) map[int]bool {
 		if file == journal || !strings.HasSuffix(file, "state.json") {
 			continue
 		}
-		if j, err := readJournal(file); err == nil {
+		if j, err := readJournal(file); err == nil && j.Netns == ns {
 			for _, c := range j.Contexts {
 				taken[c.Slot] = true
 			}

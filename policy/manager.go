@@ -22,6 +22,8 @@ type Config struct {
 	Log     *zap.Logger // nil = silent
 	LockDir string      // where the locks of this machine lie, the same for all instances; "" = /run/mprox
 	Marking Marking     // "" = auto
+	// Daemon is whose bypass mark counts, for a Manager of another namespace than the daemon's own (Manager.Daemon); nil = as the Manager finds out.
+	Daemon *Daemon
 }
 
 func (c Config) withDefaults() Config {

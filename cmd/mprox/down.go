@@ -93,7 +93,7 @@ func cleanupAll(cmd *cobra.Command, g *globals) error {
 		return err
 	}
 	var errs []error
-	for _, in := range append([]policy.Instance{policy.InstanceFor(socket)}, runsBeside(socket)...) {
+	for _, in := range slices.Concat([]policy.Instance{policy.InstanceFor(socket)}, policy.ContainersOf(socket), runsBeside(socket)) {
 		r, err := g.cleanup(cmd.Context(), in)
 		if err != nil {
 			errs = append(errs, err)
@@ -108,7 +108,10 @@ func cleanupAll(cmd *cobra.Command, g *globals) error {
 }
 
 func cleanupInstance(ctx context.Context, in policy.Instance) (policy.Report, error) {
-	host, err := policy.NewLinuxHost()
+	host, err := policy.HostFor(in)
+	if errors.Is(err, fs.ErrNotExist) {
+		return policy.Report{Removed: []string{"journal of a container that is gone"}}, nil
+	}
 	if err != nil {
 		return policy.Report{}, err
 	}

@@ -124,15 +124,16 @@ func newGuardOffCommand(g *globals) *cobra.Command {
 		Use: "off", Short: "Open what a dead daemon has left closed", Args: cobra.NoArgs,
 		Example: examples("sudo mprox guard off"),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			in := policy.InstanceFor(g.socketPath())
-			r, err := g.cleanup(cmd.Context(), in)
-			if err != nil {
-				return err
+			for _, in := range append([]policy.Instance{policy.InstanceFor(g.socketPath())}, policy.ContainersOf(g.socketPath())...) {
+				r, err := g.cleanup(cmd.Context(), in)
+				if err != nil {
+					return err
+				}
+				if r.Skipped != "" {
+					return fmt.Errorf("%w: %s", policy.ErrConflict, r.Skipped)
+				}
+				printReport(cmd.OutOrStdout(), in, r)
 			}
-			if r.Skipped != "" {
-				return fmt.Errorf("%w: %s", policy.ErrConflict, r.Skipped)
-			}
-			printReport(cmd.OutOrStdout(), in, r)
 			return nil
 		},
 	}

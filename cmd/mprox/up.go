@@ -76,7 +76,7 @@ func up(cmd *cobra.Command, g *globals, f upFlags) error {
 	}
 	opt := daemon.Options{
 		Config: cfg, Digest: digest, Socket: g.socketOf(cfg), StateDir: g.stateDir, Version: version, Log: log,
-		SetLevel: g.setLevel,
+		SetLevel: g.setLevel, DockerHost: os.Getenv("DOCKER_HOST"),
 	}
 	if len(f.Proxy) == 0 {
 		opt.ConfigPath, opt.Load = g.config, load

@@ -272,6 +272,8 @@ type Selector struct {
 	Exe    []string `json:"exe,omitempty"`    // absolute paths
 	Cgroup []string `json:"cgroup,omitempty"` // below the cgroup v2 mount, everything below included
 	Unit   []string `json:"unit,omitempty"`   // of systemd
+	// Container is by name, ID, or the number of a process in it; alone in its selector.
+	Container []string `json:"container,omitempty"`
 }
 
 // Capture says which context the next connection of a process belongs to, and why.

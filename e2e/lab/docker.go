@@ -47,6 +47,9 @@ func (l *Lab) Docker(t *testing.T) *Docker {
 	return d
 }
 
+// Host is what DOCKER_HOST is for this daemon.
+func (d *Docker) Host() string { return d.host }
+
 // Run runs docker, docker-compose or anything else against this daemon.
 func (d *Docker) Run(t *testing.T, args ...string) Result {
 	t.Helper()

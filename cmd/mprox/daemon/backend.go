@@ -215,6 +215,11 @@ func (b backend) Whose(ctx context.Context, pid int) (control.Capture, error) {
 		PID: pid, Name: c.Process.Name, UID: int64(c.Process.UID), GID: int64(c.Process.GID), Exe: c.Process.Exe, Cgroup: c.Process.Cgroup,
 		Context: c.Context, Reason: c.Reason,
 	}
+	if name, container, ok := b.guestOf(pid); ok {
+		out.Context, out.Reason = name, "in container "+container
+		out.Verdicts = []control.Verdict{{Context: name, Matched: true, Reason: out.Reason}}
+		return out, nil
+	}
 	for _, v := range c.Verdicts {
 		out.Verdicts = append(out.Verdicts, control.Verdict(v))
 	}

@@ -215,8 +215,8 @@ func (b backend) Attach(ctx context.Context, name string, selector []byte) error
 		if err := b.exists(cfg, name); err != nil {
 			return err
 		}
-		switch mode := b.wants(name); mode {
-		case "global", "gateway":
+		switch mode := b.wants(name); {
+		case mode == "gateway", mode == "global" && len(s.Container) == 0:
 			return &control.Error{Code: client.CodeConflict, Message: fmt.Sprintf("context %q has mode %s: there is nobody to attach to it", name, mode)}
 		}
 		// Processes that have ended make room; a PID among them may by now be another process's.
@@ -233,7 +233,15 @@ func (b backend) Attach(ctx context.Context, name string, selector []byte) error
 		}
 		return nil
 	}
-	return b.edit(ctx, attach)
+	if err := b.edit(ctx, attach); err != nil || len(s.Container) == 0 {
+		return err
+	}
+	if c := b.context(name); c != nil && !again {
+		if err := c.greet(ctx, s.Container); err != nil {
+			return errors.Join(notCaptured(err), b.Detach(context.WithoutCancel(ctx), name, selector))
+		}
+	}
+	return nil
 }
 
 func anyAlive(pids []int) bool {
@@ -328,6 +336,15 @@ func (d *Daemon) put(ctx context.Context, base *config.Config, ch changes) error
 	// Before, nothing had to be left alone if nobody but leases was captured.
 	if err := d.excludeLocal(ctx, ups); err != nil {
 		d.log.Error("upstreams on this machine may be captured themselves", zap.Error(err))
+	}
+	again := false
+	for _, c := range d.live() {
+		again = d.invite(ctx, c) || again
+	}
+	if again {
+		if err := d.manager.Apply(ctx, d.spec()); err != nil {
+			d.log.Error("a container that shares the network of the daemon is still selected", zap.Error(err))
+		}
 	}
 	oldUps.stopChecks(ups)
 	ups.startChecks()

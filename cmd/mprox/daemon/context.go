@@ -55,7 +55,11 @@ type liveContext struct {
 	who   selection
 	ups   *upstreams
 	rules atomic.Pointer[routing.Table]
-	views map[flow.Dialer]flow.Dialer // the upstreams in use, as this context sees them
+	// What all entrances follow: the rules, or nothing any more. guests are containers, seats those of them that are captured in their own namespaces.
+	decider flow.Decider
+	guests  []*guest
+	seats   []*seat
+	views   map[flow.Dialer]flow.Dialer // the upstreams in use, as this context sees them
 
 	device  *tun.Device
 	gone    bool // the device is about to go: the kernel is told first, or it would be seen as a fault and repaired
@@ -237,6 +241,10 @@ func (c *liveContext) spec() policy.ContextSpec {
 	if c.device != nil && !c.gone {
 		s.TUN = c.device.Name()
 	}
+	chosen, excluded := c.sharedLocked()
+	if s.Exclude = slices.Concat(s.Exclude, excluded); s.Mode != policy.ModeGlobal {
+		s.Select = slices.Concat(s.Select, chosen)
+	}
 	return s
 }
 
@@ -336,8 +344,9 @@ func fakePrefixes(f config.Fake) []netip.Prefix {
 	return out
 }
 
-// close ends the flows, the netstack, the listeners and the device, in this order. It is idempotent.
+// close lets the containers go, ends the flows, the netstack, the listeners and the device, in this order. It is idempotent.
 func (c *liveContext) close() {
+	c.dismiss(policy.StopOpen)
 	_ = c.handler.Close()
 	if c.stack != nil {
 		_ = c.stack.Close()

@@ -24,6 +24,7 @@ import (
 	"github.com/mutex-proxy/mutex/dialers"
 	"github.com/mutex-proxy/mutex/flow"
 	"github.com/mutex-proxy/mutex/policy"
+	"github.com/mutex-proxy/mutex/policy/process"
 	"github.com/mutex-proxy/mutex/tun"
 )
 
@@ -45,6 +46,7 @@ type Options struct {
 	Version    string
 	Log        *zap.Logger
 	SetLevel   func(config.Log) // follows a reload; nil = the level stays
+	DockerHost string           // where the container runtime answers, unix:///path; "" = at the usual places
 }
 
 // Daemon is one running mprox.
@@ -68,6 +70,9 @@ type Daemon struct {
 	watcher   watcher
 	closed    atomic.Bool // the end leaves everything closed
 
+	containers *process.Containers
+	news       newsroom
+
 	reload     sync.Mutex     // held by whoever changes the set of contexts or the kernel plan
 	mu         sync.Mutex     // guards what follows, for a moment each
 	cfg        *config.Config // in force: base with changes on top
@@ -79,6 +84,7 @@ type Daemon struct {
 	contexts   map[string]*liveContext
 	generation uint64
 	loadedAt   time.Time
+	past       policy.Stats // of containers that were let go
 }
 
 // New returns a Daemon that has not touched anything. The configuration must have passed Check.
@@ -131,6 +137,9 @@ func (d *Daemon) start(ctx context.Context) error {
 	if d.host, err = policy.NewLinuxHost(); err != nil {
 		return err
 	}
+	if d.containers, err = process.NewContainers(d.opt.DockerHost); err != nil {
+		return err
+	}
 	if len(enabled(d.cfg)) > 0 {
 		if err := tun.Available(); err != nil {
 			return err
@@ -177,6 +186,7 @@ func (d *Daemon) start(ctx context.Context) error {
 	for _, c := range d.live() {
 		d.resetExisting(ctx, c, c.who.chosen)
 	}
+	d.welcome(ctx)
 	d.ups.startChecks()
 	d.server = control.NewServer(control.Config{
 		Socket: d.opt.Socket, Group: d.cfg.Control.Group, UserLeases: d.cfg.Control.UserLeases, HTTPListen: d.cfg.HTTP.Listen, Backend: backend{d}, Metrics: d.metrics, Log: d.log,
@@ -207,6 +217,7 @@ func (d *Daemon) shutdown(mode policy.StopMode) error {
 	_, ups := d.current()
 	ups.stopChecks(nil)
 	for _, c := range d.live() {
+		c.dismiss(mode)
 		errs = append(errs, c.handler.Close())
 	}
 	if d.manager != nil {

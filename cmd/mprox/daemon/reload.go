@@ -194,7 +194,7 @@ func (n *generation) apply(ctx context.Context) (err error) {
 		ch.commitDNS()
 		ch.c.views = ch.views
 		ch.c.table.SetMaxFlows(ch.cfg.Limits.Flows)
-		ch.c.handler.Tune(tuning(ch.cfg))
+		ch.c.tune(tuning(ch.cfg))
 		ch.c.setRules(ch.rules)
 	}
 	for _, c := range n.removed {
@@ -231,11 +231,29 @@ func (d *Daemon) setContexts(add, remove []*liveContext) {
 // setRules puts new rules in force and ends the flows that they block.
 func (c *liveContext) setRules(rules *routing.Table) {
 	c.rules.Store(rules)
-	c.handler.SetDecider(rules)
+	c.follow(rules)
 	c.table.KillIf(func(i *flow.Info) bool {
 		a := rules.Decide(i.Ruled()).Action
 		return a == flow.Block || a == flow.Drop
 	})
+}
+
+// follow makes all entrances of the context ask d.
+func (c *liveContext) follow(d flow.Decider) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.decider = d
+	for _, h := range c.handlersLocked() {
+		h.SetDecider(d)
+	}
+}
+
+func (c *liveContext) tune(t flow.Tuning) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, h := range c.handlersLocked() {
+		h.Tune(t)
+	}
 }
 
 // refuser is the rules of a context that is about to go.
@@ -246,6 +264,6 @@ func (refuser) Needs(*flow.Flow) flow.Needs     { return 0 }
 
 // refuse ends all flows, and lets none begin until setRules.
 func (c *liveContext) refuse() {
-	c.handler.SetDecider(refuser{})
+	c.follow(refuser{})
 	c.table.KillIf(func(*flow.Info) bool { return true })
 }

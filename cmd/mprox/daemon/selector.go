@@ -15,7 +15,10 @@ import (
 )
 
 // selection is who a context captures beside its leases, and whom it leaves out.
-type selection struct{ chosen, excluded []policy.Selector }
+type selection struct {
+	chosen, excluded []policy.Selector
+	guests, spared   []string // containers, by name or process
+}
 
 // buildSelection looks users up, and refuses what nothing implements: a selector that is ignored would leave traffic uncaptured. In mode
 // global select has no effect, which config warns about.
@@ -24,16 +27,19 @@ func buildSelection(cfg *config.Config, name string) (selection, error) {
 	path := configPath("contexts", name)
 	var out selection
 	var errs []error
-	build := func(key string, in []config.Selector) []policy.Selector {
+	build := func(key string, in []config.Selector, containers *[]string) []policy.Selector {
 		var sels []policy.Selector
 		for i, s := range in {
+			if *containers = append(*containers, s.Container...); len(s.Container) > 0 {
+				continue // alone in its entry
+			}
 			sel, err := buildSelector(fmt.Sprintf("%s.%s[%d]", path, key, i), s)
 			errs = append(errs, err)
 			sels = append(sels, sel)
 		}
 		return sels
 	}
-	out.chosen, out.excluded = build("select", c.Select), build("exclude", c.Exclude)
+	out.chosen, out.excluded = build("select", c.Select, &out.guests), build("exclude", c.Exclude, &out.spared)
 	if c.Mode == "gateway" && len(c.Select) == 0 {
 		errs = append(errs, &routing.PathError{Path: path, Err: errors.New("select is missing: mode gateway captures whom it names by interface or source_cidr")})
 	}

@@ -12,6 +12,7 @@ import (
 
 	"github.com/mutex-proxy/mutex/control"
 	"github.com/mutex-proxy/mutex/dialers"
+	"github.com/mutex-proxy/mutex/policy"
 )
 
 // Status implements control.Backend.
@@ -41,7 +42,7 @@ func (b backend) Status(context.Context) control.Status {
 	}
 	s.Contexts = append(s.Contexts, b.switchedOff()...)
 	slices.SortFunc(s.Contexts, func(x, y control.ContextStatus) int { return cmp.Compare(x.Name, y.Name) })
-	k := b.manager.Stats()
+	k := b.kernelStats()
 	s.Guard = control.GuardStatus{
 		Active: k.GuardActive, DroppedPackets: k.GuardDropped, Marking: string(k.Marking), MarkingReason: k.MarkingWhy,
 		SelectionFull: k.Select.Full, SelectionDenied: k.Select.Denied,
@@ -142,7 +143,7 @@ func (b backend) Health(context.Context) []control.Check {
 
 // Counters implements control.Source.
 func (d *Daemon) Counters() control.Counters {
-	k := d.manager.Stats()
+	k := d.kernelStats()
 	n := control.Counters{Upstreams: d.upstreamStatus(), Restored: k.Restored, GuardDropped: k.GuardDropped}
 	for _, c := range d.live() {
 		cc := control.ContextCounters{Name: c.name, Table: c.table.Stats(), DNS: c.dnsStatus()}
@@ -153,6 +154,41 @@ func (d *Daemon) Counters() control.Counters {
 		n.Contexts = append(n.Contexts, cc)
 	}
 	return n
+}
+
+// kernelStats are those of the daemon's own namespace and of all containers, those that have gone included.
+func (d *Daemon) kernelStats() policy.Stats {
+	k := d.manager.Stats()
+	add := func(s policy.Stats) {
+		k.GuardDropped += s.GuardDropped
+		for object, n := range s.Restored {
+			k.Restored[object] += n
+		}
+	}
+	for _, c := range d.live() {
+		c.mu.Lock()
+		for _, s := range c.seats {
+			add(s.manager.Stats())
+		}
+		c.mu.Unlock()
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	add(d.past)
+	return k
+}
+
+// remember keeps the counters of a namespace that is let go.
+func (d *Daemon) remember(s policy.Stats) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.past.GuardDropped += s.GuardDropped
+	if d.past.Restored == nil {
+		d.past.Restored = map[string]uint64{}
+	}
+	for object, n := range s.Restored {
+		d.past.Restored[object] += n
+	}
 }
 
 func (c *liveContext) defaultUpstream() string {

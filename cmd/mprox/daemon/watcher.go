@@ -119,11 +119,17 @@ func Watch(ctx context.Context, daemon io.Reader, in policy.Instance) error {
 		_, _ = unix.Poll([]unix.PollFd{{Fd: int32(parent), Events: unix.POLLIN}}, int(watcherPatience.Milliseconds()))
 		_ = unix.Close(parent)
 	}
-	host, err := policy.NewLinuxHost()
-	if err != nil {
-		return err
+	var errs []error
+	for _, in := range append([]policy.Instance{in}, policy.ContainersOf(in.Socket)...) {
+		host, err := policy.HostFor(in)
+		if err == nil {
+			err = errors.Join(policy.OpenAfterCrash(ctx, policy.Config{Host: host}, in), host.Close())
+		}
+		if !errors.Is(err, os.ErrNotExist) {
+			errs = append(errs, err)
+		}
 	}
-	return errors.Join(policy.OpenAfterCrash(ctx, policy.Config{Host: host}, in), host.Close())
+	return errors.Join(errs...)
 }
 
 // Close makes the kernel as a daemon with this configuration would before it opens a device: everything captured is blocked, until a daemon
