@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"runtime/debug"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -110,10 +111,12 @@ func (d *Daemon) Run(ctx context.Context, ready func()) (err error) {
 	defer context.AfterFunc(ctx, d.stop)()
 	defer d.stop()
 	ctx = d.life
+	percent := debug.SetGCPercent(memoryStartGC)
 	if err := d.start(ctx); err != nil {
+		debug.SetGCPercent(percent)
 		return errors.Join(err, d.shutdown(policy.StopOpen))
 	}
-	d.leftovers.Go(func() { keepMemory(ctx) })
+	d.leftovers.Go(func() { keepMemory(ctx, percent) })
 	d.leftovers.Go(func() { keepProcs(ctx, d.flowsStarted) })
 	d.watcher.want(d)
 	d.ready.Store(true)

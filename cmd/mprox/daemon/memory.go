@@ -22,6 +22,8 @@ const (
 	memoryLook = time.Second
 	// memoryStart is when what only the start needed is given back: not while the applications that have waited for it connect.
 	memoryStart = 300 * time.Millisecond
+	// memoryStartGC is the GOGC of the start: what it needs is less than what a daemon at work has, and collections took a sixth of it.
+	memoryStartGC = 400
 	// memoryQuiet is "almost nothing" in bytes: 200 connections' worth.
 	memoryQuiet = 2 << 20
 	// memoryWorth is how many bytes must have been allocated since the last time for a collection, a few milliseconds of CPU, to be worth it;
@@ -55,8 +57,9 @@ func (k *memoryKeeper) due(allocated, alive uint64) bool {
 	return false
 }
 
-// keepMemory gives memory back to the kernel after bursts, until ctx is done.
-func keepMemory(ctx context.Context) {
+// keepMemory gives memory back to the kernel after bursts, until ctx is done. percent is the GOGC that holds once the start is over.
+func keepMemory(ctx context.Context, percent int) {
+	defer debug.SetGCPercent(percent)
 	samples := []metrics.Sample{{Name: "/gc/heap/allocs:bytes"}, {Name: "/gc/heap/live:bytes"}}
 	tick := time.NewTicker(memoryLook)
 	defer tick.Stop()
@@ -67,6 +70,7 @@ func keepMemory(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-start:
+			debug.SetGCPercent(percent)
 			giveBack() // what only the start needed
 			continue
 		case <-tick.C:
