@@ -10,6 +10,7 @@ import (
 	"slices"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -160,4 +161,24 @@ func BenchmarkAssociationWriteOneByOne(b *testing.B) {
 	}
 	defer relay.Close()
 	benchmarkWrite(b, NewNet(NetConfig{NoSegment: true}), relay)
+}
+
+// TestPause: after a pause in which others had the processor for long there is none for a while.
+func TestPause(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var p pause
+		p.after(time.Now(), pauseLong)
+		if p.rest.After(time.Now()) {
+			t.Error("a short pause is followed by a rest")
+		}
+		p.after(time.Now(), pauseLong+1)
+		if !p.resting(time.Now()) || p.resting(time.Now().Add(pauseRest)) {
+			t.Errorf("after a long pause, at %v, it rests until %v", time.Now(), p.rest)
+		}
+		p.take() // resting: costs a look at the clock
+		time.Sleep(pauseRest)
+		if p.resting(time.Now()) {
+			t.Error("still resting")
+		}
+	})
 }
