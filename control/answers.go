@@ -53,7 +53,7 @@ func getStatus(c *call) (any, error) {
 	st := c.visible()
 	st.Upstreams = slices.Clone(st.Upstreams)
 	for i := range st.Upstreams {
-		st.Upstreams[i].State = ""
+		st.Upstreams[i].State, st.Upstreams[i].Auth, st.Upstreams[i].Warm = "", nil, 0
 	}
 	return st, nil
 }

@@ -77,7 +77,7 @@ func (a *sendAhead) turn() bool {
 // findAhead asks the server beside a connection that is being opened, if it is time to. The returned function waits for the answer, and must be
 // called.
 func (s *SOCKS5) findAhead(ctx context.Context) func() {
-	if s.spec.Pipeline || s.spec.HasUser && s.ahead.method.Load() == 1+methodNone || !s.ahead.turn() {
+	if s.spec.Pipeline || s.warm != nil || s.spec.HasUser && s.ahead.method.Load() == 1+methodNone || !s.ahead.turn() {
 		return func() {}
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), aheadTime+4*time.Duration(s.latency.Load()))

@@ -40,6 +40,7 @@ type Auto struct {
 	asked   time.Time     // when that ended
 	err     error         // and how, if nothing answered
 	running chan struct{} // closed when it ends; nil while nobody asks
+	ended   bool          // Close was called
 }
 
 // speaker is the upstream as it was found to be.
@@ -73,6 +74,23 @@ func (a *Auto) SetState(s State) {
 	if k := a.known.Load(); k != nil {
 		SetState(k.Dialer, s)
 	}
+}
+
+// Close ends the connections that are kept ready (upstream.Close).
+func (a *Auto) Close() error {
+	a.mu.Lock()
+	a.ended = true
+	k := a.known.Load()
+	a.mu.Unlock()
+	return k.close()
+}
+
+// close is Close of what was found; nil has none.
+func (k *speaker) close() error {
+	if k == nil {
+		return nil
+	}
+	return k.Dialer.(io.Closer).Close()
 }
 
 // Protocol returns what the upstream was found to speak: socks5h, http or socks4a, and "" as long as it is not known.
@@ -186,6 +204,7 @@ func (a *Auto) find(ctx context.Context) (*speaker, error) {
 	scheme, err := a.detect(ctx)
 	a.done(err)
 	if err == nil && (known == nil || known.scheme != scheme) {
+		_ = known.close()
 		known = a.become(scheme)
 		a.net.cfg.Log.Info("upstream found out", zap.String("upstream", a.name), zap.String("protocol", scheme))
 	}
@@ -203,6 +222,9 @@ func (a *Auto) find(ctx context.Context) (*speaker, error) {
 		return nil, err
 	}
 	a.known.Store(known)
+	if a.ended {
+		_ = known.close()
+	}
 	SetState(known.Dialer, a.State()) // it may have been switched meanwhile
 	return known, nil
 }

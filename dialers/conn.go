@@ -10,6 +10,7 @@ import (
 	"net"
 	"sync"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -89,6 +90,18 @@ func (c *TCPConn) Abort() {
 	}
 	_ = c.SetLinger(0)
 	_ = c.Close()
+}
+
+// userTimeout bounds how long the peer may take to acknowledge what is sent; 0 = the system's default.
+func (c *TCPConn) userTimeout(d time.Duration) error {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return err
+	}
+	cerr := raw.Control(func(s uintptr) {
+		err = unix.SetsockoptInt(int(s), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(d.Milliseconds()))
+	})
+	return errors.Join(cerr, err)
 }
 
 func (c *TCPConn) closed() {

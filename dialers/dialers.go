@@ -34,6 +34,9 @@ type Status struct {
 	State   State
 	// What has been learned: "yes", "no" or "unknown". They are re-learned: a "no" is tried again after a while.
 	UDP, IPv6, RemoteDNS, Bind string
+	// Auth is what the server last asked for, or took, with spaces between: none, password (SOCKS5), and the schemes of HTTP; "" = unknown.
+	Auth string
+	Warm int // connections that are ready for flows to come
 }
 
 // Learned and unlearned.
@@ -77,6 +80,8 @@ type upstream struct {
 	ipv6 capability
 	udp  capability
 	bind capability
+	auth authSchemes
+	warm *warm // nil unless asked for
 }
 
 func (u *upstream) init(name string, s Spec, n *Net) {
@@ -121,6 +126,9 @@ func (u *upstream) connect(ctx context.Context) (*TCPConn, error) {
 		return nil, err
 	}
 	c.leave = u.leave
+	if u.warm != nil {
+		u.warm.drop(u.room())
+	}
 	return c, nil
 }
 
@@ -185,7 +193,12 @@ func (u *upstream) done(err error) {
 }
 
 func (u *upstream) status() Status {
+	ready := 0
+	if u.warm != nil {
+		ready = u.warm.waiting()
+	}
 	return Status{
+		Auth: u.auth.String(), Warm: ready,
 		Name: u.name, URL: u.spec.String(), Up: !u.down.Load(), Latency: time.Duration(u.latency.Load()),
 		Active: uint64(max(0, u.active.Load())), Total: u.total.Load(), Errors: u.errors.Load(),
 		UDP: u.udp.String(), IPv6: u.ipv6.String(), RemoteDNS: unknown, Bind: u.bind.String(),

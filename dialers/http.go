@@ -49,6 +49,7 @@ func newHTTP(name string, s Spec, n *Net) *HTTP {
 		}
 		h.tls = tlsConfig(&s, protos...)
 	}
+	h.keepWarm(func(ctx context.Context, c *TCPConn) (flow.Conn, error) { return secure(ctx, c, h.tls) })
 	return h
 }
 
@@ -115,6 +116,22 @@ func (h *HTTP) ask(ctx context.Context, op string, dst flow.Addr) (flow.Conn, er
 			return nil, h.ended(ctx, op, err)
 		}
 	}
+	if w := h.warmed(); w != nil {
+		var conn flow.Conn
+		fresh, err := h.overWarm(ctx, w, func() (err error) {
+			conn, err = h.speak(w.conn, dst, &l)
+			return err
+		})
+		switch {
+		case err == nil:
+			h.track(w.tcp)
+			return conn, nil
+		case fresh:
+			l = login{} // its nonce counts as used
+		case !errors.Is(err, errReconnect):
+			return nil, h.ended(ctx, op, err)
+		}
+	}
 	for {
 		tcp, err := h.connect(ctx)
 		if err != nil {
@@ -153,24 +170,18 @@ func (h *HTTP) shared(ctx context.Context, c *h2Conn, dst flow.Addr, l *login) (
 
 // through asks on a new connection, by what the proxy chooses of the protocols. An error leaves it closed, or to the pool.
 func (h *HTTP) through(ctx context.Context, tcp *TCPConn, dst flow.Addr, l *login) (flow.Conn, error) {
-	var conn flow.Conn = tcp
+	var conn flow.Conn
 	var h2 *tls.Conn
 	err := handshake(ctx, tcp, func() error {
-		if h.tls == nil {
-			return h.converse(tcp, &socketHead{c: tcp}, dst, l)
-		}
 		sc, err := secure(ctx, tcp, h.tls)
 		if err != nil {
 			return err
 		}
-		tc := sc.(*tlsConn).Conn
-		if tc.ConnectionState().NegotiatedProtocol == protoH2 {
-			h2 = tc
+		if tc, ok := sc.(*tlsConn); ok && tc.ConnectionState().NegotiatedProtocol == protoH2 {
+			h2 = tc.Conn
 			return nil
 		}
-		head := &streamHead{r: tc}
-		err = h.converse(tc, head, dst, l)
-		conn = &tlsConn{Conn: tc, tcp: tcp, head: head.left}
+		conn, err = h.speak(sc, dst, l)
 		return err
 	})
 	if err != nil {
@@ -188,6 +199,19 @@ func (h *HTTP) through(ctx context.Context, tcp *TCPConn, dst flow.Addr, l *logi
 	}
 	tcp.leave = nil // the place is the stream's
 	return h.overStream(ctx, c, dst, l)
+}
+
+// speak asks by HTTP/1.1 on a connection of one's own, and returns it with what has followed the reply.
+func (h *HTTP) speak(c flow.Conn, dst flow.Addr, l *login) (flow.Conn, error) {
+	tc, ok := c.(*tlsConn)
+	if !ok {
+		tcp := c.(*TCPConn) // secure returns nothing else
+		return tcp, h.converse(tcp, &socketHead{c: tcp}, dst, l)
+	}
+	head := &streamHead{r: tc.Conn}
+	err := h.converse(tc.Conn, head, dst, l)
+	tc.head = head.left
+	return tc, err
 }
 
 // headReader hands out the bytes of a reply's header, and keeps what follows it.

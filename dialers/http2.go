@@ -199,15 +199,8 @@ func (a *h2Asker) ask(l *login) (*response, []string, error) {
 	}
 	a.first = false
 	target := requestTarget(a.dst)
-	cred, secrets := a.h.credentials(target, l)
 	fields := http.Header{"User-Agent": nil}
-	for _, f := range a.h.spec.Headers {
-		fields.Add(f.Name, f.Value.Reveal())
-		secrets = append(secrets, f.Value.Reveal())
-	}
-	if cred != "" {
-		fields.Set("Proxy-Authorization", cred)
-	}
+	secrets := a.h.fields(target, l, fields.Add)
 	near, far := net.Pipe() // has deadlines, which io.Pipe has not
 	life, cancel := context.WithCancel(context.Background())
 	body := &h2Body{Conn: far}

@@ -59,10 +59,14 @@ func (h *HTTP) logIn(a asker, l *login) error {
 	}
 	for {
 		r, secrets, err := a.ask(l)
+		if err == nil && r.status == 407 {
+			h.auth.asked(r.challenges)
+		}
 		switch {
 		case err != nil:
 			return err
 		case r.status/100 == 2:
+			h.auth.took(h.sends(l))
 			if l.challenge != nil && (l.fresh || r.nextnonce != "") {
 				h.digest.accepted(l.challenge, r.nextnonce)
 			}
@@ -180,21 +184,40 @@ func (a *h1Asker) ask(l *login) (*response, []string, error) {
 func (h *HTTP) head(dst flow.Addr, l *login) (req []byte, secrets []string) {
 	target := requestTarget(dst)
 	req = append(req, "CONNECT "+target+" HTTP/1.1\r\nHost: "+target+"\r\n"...)
+	secrets = h.fields(target, l, func(name, value string) { req = append(req, name+": "+value+"\r\n"...) })
+	return append(req, "\r\n"...), secrets
+}
+
+// fields adds what a request has besides its target, and returns what of that must never be shown again.
+func (h *HTTP) fields(target string, l *login, add func(name, value string)) (secrets []string) {
 	cred, secrets := h.credentials(target, l)
 	for _, f := range h.spec.Headers {
-		req = append(req, f.Name+": "+f.Value.Reveal()+"\r\n"...)
+		add(f.Name, f.Value.Reveal())
 		secrets = append(secrets, f.Value.Reveal())
 	}
 	if cred != "" {
-		req = append(req, "Proxy-Authorization: "+cred+"\r\n"...)
+		add("Proxy-Authorization", cred)
 	}
-	return append(req, "\r\n"...), secrets
+	return secrets
 }
 
 // requestTarget is a destination in authority form (RFC 9112 section 3.2.3). A zone means nothing elsewhere.
 func requestTarget(dst flow.Addr) string {
 	dst.IP = dst.IP.Unmap().WithZone("")
 	return dst.String()
+}
+
+// sends returns the scheme of the credentials that a request has.
+func (h *HTTP) sends(l *login) string {
+	switch {
+	case h.spec.Auth == authBearer || !h.spec.Token.IsZero():
+		return authBearer
+	case l.challenge != nil:
+		return authDigest
+	case !h.spec.HasUser || h.wantsDigest():
+		return authNone
+	}
+	return authBasic
 }
 
 func (h *HTTP) credentials(target string, l *login) (cred string, secrets []string) {

@@ -3,6 +3,8 @@
 package dialers
 
 import (
+	"slices"
+	"strings"
 	"sync/atomic"
 	"time"
 )
@@ -67,4 +69,55 @@ func (c *capability) String() string {
 // denied reports whether the answer is no, without taking the turn of the one who may ask again.
 func (c *capability) denied() bool {
 	return c.state.Load() == 2 && c.now().UnixNano() < c.retryAt.Load()
+}
+
+// The names of authentication that is asked for or taken.
+const (
+	authNone     = "none"
+	authPassword = "password" // RFC 1929
+	authBasic    = "basic"
+	authDigest   = "digest"
+	authBearer   = "bearer"
+)
+
+// authSchemes is how an upstream was last seen to authenticate its clients. The zero value is unknown.
+type authSchemes struct{ known atomic.Pointer[string] } // in order, with spaces between
+
+// are records what the server has asked for, in order.
+func (s *authSchemes) are(names ...string) {
+	all := strings.Join(names, " ")                             // of one name it is that name, without a copy
+	if known := s.known.Load(); known == nil || *known != all { // no write to a line that all flows share
+		stored := all // so that only what is stored is allocated
+		s.known.Store(&stored)
+	}
+}
+
+// asked records the challenges of a 407. Schemes that are none of ours are left out: they are the server's words.
+func (s *authSchemes) asked(fields []string) {
+	var names []string
+	for _, f := range fields {
+		for _, c := range ParseChallenges(f) {
+			if slices.Contains([]string{authBasic, authDigest, authBearer, "negotiate", "ntlm"}, c.Scheme) && !slices.Contains(names, c.Scheme) {
+				names = append(names, c.Scheme)
+			}
+		}
+	}
+	if slices.Sort(names); len(names) > 0 {
+		s.are(names...)
+	}
+}
+
+// took records that a request has passed with credentials of a scheme. It may be one of several that the server has asked for.
+func (s *authSchemes) took(name string) {
+	if known := s.known.Load(); known == nil || *known != name && !slices.Contains(strings.Fields(*known), name) {
+		s.are(name)
+	}
+}
+
+// String returns the names; "" if nothing is known.
+func (s *authSchemes) String() string {
+	if known := s.known.Load(); known != nil {
+		return *known
+	}
+	return ""
 }

@@ -211,6 +211,7 @@ func (p *Pool) Status() Status {
 	s := Status{Name: p.name, URL: "pool:" + p.strategy, UDP: no, IPv6: no, RemoteDNS: no, Bind: no, State: p.State()}
 	for _, m := range p.Members() {
 		s.Active, s.Total, s.Errors, s.Dropped = s.Active+m.Active, s.Total+m.Total, s.Errors+m.Errors, s.Dropped+m.Dropped
+		s.Warm += m.Warm
 		if m.Up && m.Latency > 0 && (s.Latency == 0 || m.Latency < s.Latency) {
 			s.Latency = m.Latency
 		}

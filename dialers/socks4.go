@@ -35,6 +35,7 @@ type SOCKS4 struct {
 func newSOCKS4(name string, s Spec, n *Net) *SOCKS4 {
 	d := &SOCKS4{names: s.Scheme == SchemeSOCKS4a}
 	d.init(name, s, n)
+	d.keepWarm(func(_ context.Context, c *TCPConn) (flow.Conn, error) { return c, nil })
 	return d
 }
 
@@ -82,25 +83,35 @@ func (s *SOCKS4) dial(ctx context.Context, dst flow.Addr) (*TCPConn, error) {
 	if err != nil {
 		return nil, s.wrap(op, err)
 	}
-	c, err := s.connect(ctx)
-	if err != nil {
-		return nil, err
-	}
-	err = handshake(ctx, c, func() error {
+	ask := func(c *TCPConn) error {
 		if _, err := c.Write(req); err != nil {
 			return fmt.Errorf("request: %w: %w", flow.ErrUpstream, err)
 		}
 		_, err := readReply4(c)
 		return err
-	})
-	if err == nil {
-		c.bind = func(ctx context.Context) (flow.Binding, error) { return s.Bind(ctx, dst) }
 	}
+	bindable := func(c *TCPConn) *TCPConn {
+		c.bind = func(ctx context.Context) (flow.Binding, error) { return s.Bind(ctx, dst) }
+		return c
+	}
+	if w := s.warmed(); w != nil {
+		fresh, err := s.overWarm(ctx, w, func() error { return ask(w.tcp) })
+		if err == nil {
+			return bindable(w.tcp), nil
+		}
+		if !fresh {
+			return nil, s.ended(ctx, op, err)
+		}
+	}
+	c, err := s.connect(ctx)
 	if err != nil {
+		return nil, err
+	}
+	if err := handshake(ctx, c, func() error { return ask(c) }); err != nil {
 		c.Abort()
 		return nil, s.ended(ctx, op, err)
 	}
-	return c, nil
+	return bindable(c), nil
 }
 
 // request returns the one message of the client. For a name, the address is 0.0.0.1: never a destination, so it marks what follows.

@@ -61,6 +61,13 @@ func newSOCKS5(name string, s Spec, n *Net) *SOCKS5 {
 	if s.Scheme == SchemeSOCKS5s {
 		d.tls = tlsConfig(&s)
 	}
+	d.keepWarm(func(ctx context.Context, tcp *TCPConn) (flow.Conn, error) {
+		c, err := secure(ctx, tcp, d.tls)
+		if err == nil {
+			err = d.greet(c, nil)
+		}
+		return c, err
+	})
 	return d
 }
 
@@ -115,6 +122,18 @@ func (s *SOCKS5) dial(ctx context.Context, dst flow.Addr) (flow.Conn, error) {
 
 // open connects to the server and asks it for addr, sending the request ahead if it is known to take that.
 func (s *SOCKS5) open(ctx context.Context, addr flow.Addr) (*TCPConn, flow.Conn, error) {
+	if w := s.warmed(); w != nil {
+		fresh, err := s.overWarm(ctx, w, func() error {
+			_, err := s.command(w.conn, appendRequest(nil, cmdConnect, addr))
+			return err
+		})
+		if err == nil {
+			return w.tcp, w.conn, nil
+		}
+		if !fresh {
+			return nil, nil, s.ended(ctx, "connect "+addr.String(), err)
+		}
+	}
 	ahead := s.ahead.known()
 	tcp, c, err := s.tryOpen(ctx, addr, ahead || s.spec.Pipeline)
 	if err != nil && ahead {
@@ -190,31 +209,52 @@ func (s *SOCKS5) request(c io.ReadWriter, cmd byte, addr flow.Addr) (flow.Addr, 
 // ask is request; ahead sends all of it without waiting for an answer. RFC 1928 would allow that with every server, but those that take one
 // recv(2) for one message (microsocks) lose the rest and hang.
 func (s *SOCKS5) ask(c io.ReadWriter, cmd byte, addr flow.Addr, ahead bool) (flow.Addr, error) {
-	buf := make([]byte, 0, 3+1+maxSOCKSAddr)
-	req := appendSOCKSAddr(append(buf, socksVersion, cmd, 0), addr)
+	req := appendRequest(make([]byte, 0, 3+maxSOCKSAddr), cmd, addr)
+	if !ahead {
+		if err := s.greet(c, nil); err != nil {
+			return flow.Addr{}, err
+		}
+		return s.command(c, req)
+	}
+	if err := s.greet(c, req); err != nil {
+		return flow.Addr{}, err
+	}
+	return s.reply(c)
+}
+
+func appendRequest(b []byte, cmd byte, addr flow.Addr) []byte {
+	return appendSOCKSAddr(append(b, socksVersion, cmd, 0), addr)
+}
+
+// greet goes through the greeting and the authentication. ahead, if any, is a request to be sent together with them.
+func (s *SOCKS5) greet(c io.ReadWriter, ahead []byte) error {
 	greeting := []byte{socksVersion, 1, methodNone}
 	if s.spec.HasUser {
 		greeting = []byte{socksVersion, 2, methodNone, methodPassword}
 	}
-	if ahead {
+	if ahead != nil {
 		if s.spec.HasUser { // only what cannot be answered with a choice can be sent ahead
 			greeting = append([]byte{socksVersion, 1, methodPassword}, s.credentials()...)
 		}
-		greeting = append(greeting, req...)
+		greeting = append(greeting, ahead...)
 	}
 	_, err := c.Write(greeting)
 	clear(greeting)
 	if err != nil {
-		return flow.Addr{}, s.ungreeted(err)
+		return s.ungreeted(err)
 	}
-	if err := s.authenticate(c, ahead); err != nil {
-		return flow.Addr{}, err
+	return s.authenticate(c, ahead != nil)
+}
+
+// command sends one request after the greeting and returns the address in the reply.
+func (s *SOCKS5) command(c io.ReadWriter, req []byte) (flow.Addr, error) {
+	if _, err := c.Write(req); err != nil {
+		return flow.Addr{}, s.broken("request", err)
 	}
-	if !ahead {
-		if _, err := c.Write(req); err != nil {
-			return flow.Addr{}, s.broken("request", err)
-		}
-	}
+	return s.reply(c)
+}
+
+func (s *SOCKS5) reply(c io.Reader) (flow.Addr, error) {
 	bound, err := readReply(c)
 	if err != nil && timedOut(err) {
 		// The upstream is alive, it has just greeted us: it is the destination that does not answer.
@@ -264,12 +304,14 @@ func (s *SOCKS5) authenticate(c io.ReadWriter, ahead bool) error {
 	switch choice[1] {
 	case methodNone:
 		s.ahead.chose(methodNone)
+		s.auth.are(authNone)
 		if ahead && s.spec.HasUser {
 			return s.ungreeted(errors.New("chose a method that was not offered"))
 		}
 		return nil
 	case methodPassword:
 		s.ahead.chose(methodPassword)
+		s.auth.are(authPassword)
 		if s.spec.HasUser {
 			return s.password(c, ahead)
 		}

@@ -61,6 +61,7 @@ type Spec struct {
 	Weight       int    // option weight, at least 1 when given
 	Priority     int    // option priority
 	MaxFlows     int    // option max_flows: connections and associations at a time; 0 = no bound
+	Warm         int    // option warm: connections that are kept ready, at most 64; 0 = none
 	UDP          string // option udp: auto (the default) | on | off | over-tcp | over-tcp-v1
 	Auth         string // option auth: basic | digest | bearer
 	HTTP         string // option http: 1.1 or 2 = only that is offered to an https proxy
@@ -271,6 +272,10 @@ func (s *Spec) setOption(key, value string) (err error) {
 		s.Priority, err = number(key, value, 0)
 	case "max_flows":
 		s.MaxFlows, err = number(key, value, 1)
+	case "warm":
+		if s.Warm, err = number(key, value, 1); err == nil && s.Warm > maxWarm {
+			err = urlErr(key, "not a number from 1 to %d", maxWarm)
+		}
 	case "udp":
 		s.UDP = value
 		return oneOf(key, value, UDPAuto, UDPOn, UDPOff, UDPOverTCP, UDPOverTCP1)
@@ -303,7 +308,7 @@ func (s *Spec) setOption(key, value string) (err error) {
 	case "key":
 		return file(&s.KeyFile, key, value)
 	default:
-		return urlErr("option", "unknown: use weight priority max_flows udp auth http sni insecure pipeline name password_file token_file ca cert key header")
+		return urlErr("option", "unknown: use weight priority max_flows warm udp auth http sni insecure pipeline name password_file token_file ca cert key header")
 	}
 	return err
 }
@@ -356,6 +361,10 @@ func (s *Spec) check() error {
 		return urlErr("ca", "insecure=1 would make it worth nothing")
 	case s.KeyFile != "" && s.CertFile == "":
 		return urlErr("key", "needs cert")
+	case s.Warm > 0 && s.builtin():
+		return urlErr("warm", "only for a proxy")
+	case s.Warm > 0 && s.Scheme == SchemeHTTPS && s.HTTP != "1.1":
+		return urlErr("warm", "streams of HTTP/2 share connections that are warm already: give http=1.1 for a proxy without HTTP/2")
 	case s.overTCP() && (s.builtin() || s.Scheme == SchemeSOCKS4 || s.Scheme == SchemeSOCKS5):
 		return urlErr("udp", "%s asks for a stream to a name: use socks5h, socks5s, socks4a, http or https", s.UDP)
 	case len(s.Headers) > 0 && s.Scheme != SchemeHTTP && s.Scheme != SchemeHTTPS && s.Scheme != SchemeAuto:

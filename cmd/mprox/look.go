@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -96,7 +97,7 @@ func contextTable(list []client.ContextStatus) *table {
 }
 
 func upstreamTable(list []client.UpstreamStatus) *table {
-	t := &table{head: []string{"UPSTREAM", "UP", "LATENCY", "ACTIVE", "TOTAL", "ERRORS", "UDP", "IPV6", "NAMES", "URL"}}
+	t := &table{head: []string{"UPSTREAM", "UP", "LATENCY", "ACTIVE", "TOTAL", "ERRORS", "UDP", "IPV6", "NAMES", "BIND", "AUTH", "URL"}}
 	for _, u := range list {
 		latency := cell{text: "-", right: true}
 		if u.LatencySeconds > 0 {
@@ -107,7 +108,7 @@ func upstreamTable(list []client.UpstreamStatus) *table {
 			up.text += ", " + u.State
 		}
 		t.add(text(u.Name), up, latency, number(u.Active), number(u.Total), number(u.Errors),
-			text(u.UDP), text(u.IPv6), text(u.RemoteDNS), text(u.URL))
+			text(u.UDP), text(u.IPv6), text(u.RemoteDNS), text(u.Bind), orDash(strings.Join(u.Auth, ",")), text(u.URL))
 	}
 	return t
 }

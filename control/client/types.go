@@ -58,6 +58,10 @@ type UpstreamStatus struct {
 	IPv6           string  `json:"ipv6"`       //
 	RemoteDNS      string  `json:"remote_dns"` // whether it takes names
 	Bind           string  `json:"bind"`       // SOCKS BIND
+	// Auth is how the server was last seen to authenticate: none, password (SOCKS5), basic, digest, bearer, negotiate, ntlm; absent while nothing
+	// is known. Warm is how many connections are ready for flows to come. Both, like State, are only in GET /v1/upstreams.
+	Auth []string `json:"auth,omitempty"`
+	Warm int      `json:"warm,omitempty"`
 }
 
 // UpstreamTest is what came of trying an upstream step by step.

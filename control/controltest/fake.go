@@ -60,7 +60,7 @@ func New() *Fake {
 			}},
 			Upstreams: []control.UpstreamStatus{
 				{Name: "berlin", URL: "https://bob:***@proxy.example:8443", State: "draining", Errors: 4, UDP: "no", IPv6: "unknown", RemoteDNS: "yes", Bind: "no"},
-				{Name: "paris", URL: "socks5h://alice:***@203.0.113.10:1080", State: "enabled", Up: true, LatencySeconds: 0.0213, Active: 2, Total: 17, UDP: "yes", IPv6: "yes", RemoteDNS: "yes", Bind: "unknown"},
+				{Name: "paris", URL: "socks5h://alice:***@203.0.113.10:1080", State: "enabled", Up: true, LatencySeconds: 0.0213, Active: 2, Total: 17, UDP: "yes", IPv6: "yes", RemoteDNS: "yes", Bind: "unknown", Auth: []string{"password"}, Warm: 2},
 			},
 			Guard: control.GuardStatus{Active: true, DroppedPackets: 7},
 			DNS:   control.DNSStatus{Queries: 10, CacheHits: 4, Blocked: 1, Failures: 2},

@@ -6,6 +6,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"path/filepath"
 	"reflect"
@@ -252,14 +253,15 @@ func (u *upstreams) startChecks() {
 	}
 }
 
-// stopChecks ends the health checks of the pools that next has not taken over, and waits for them. Both may be nil.
-func (u *upstreams) stopChecks(next *upstreams) {
+// stop ends the health checks of pools and the connections kept ready of upstreams that next has not taken over, and waits for them. Flows go
+// on. Both may be nil.
+func (u *upstreams) stop(next *upstreams) {
 	if u == nil {
 		return
 	}
 	for name, d := range u.dialers {
-		if p, ok := d.(*dialers.Pool); ok && (next == nil || next.dialers[name] != d) {
-			_ = p.Close() // never fails
+		if c, ok := d.(io.Closer); ok && (next == nil || next.dialers[name] != d) {
+			_ = c.Close() // never fails
 		}
 	}
 }

@@ -135,8 +135,8 @@ func TestPoolConfiguration(t *testing.T) {
 		}
 	}
 	u.startChecks()
-	u.stopChecks(u) // taken over: they go on
-	u.stopChecks(nil)
+	u.stop(u) // taken over: they go on
+	u.stop(nil)
 	_, err = config.Parse("test.json", []byte(`{
 		"upstreams": { "a": { "url": "socks5://192.0.2.1" } }, "pools": { "p": { "members": "a", "health": { "target": "example.com:443" } } },
 		"contexts": { "default": { "default": "p", "dns": { "servers": "tcp://192.0.2.53" } } } }`), Check)

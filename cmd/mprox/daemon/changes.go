@@ -346,7 +346,7 @@ func (d *Daemon) put(ctx context.Context, base *config.Config, ch changes) error
 			d.log.Error("a container that shares the network of the daemon is still selected", zap.Error(err))
 		}
 	}
-	oldUps.stopChecks(ups)
+	oldUps.stop(ups)
 	ups.startChecks()
 	d.mu.Lock()
 	d.cfg, d.ups, d.base, d.changes, d.wanted = cfg, ups, base, ch, wanted

@@ -218,7 +218,7 @@ func (d *Daemon) shutdown(mode policy.StopMode) error {
 	d.reload.Lock()
 	defer d.reload.Unlock()
 	_, ups := d.current()
-	ups.stopChecks(nil)
+	ups.stop(nil)
 	for _, c := range d.live() {
 		c.dismiss(mode)
 		errs = append(errs, c.handler.Close())

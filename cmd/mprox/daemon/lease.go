@@ -167,6 +167,7 @@ func (l *Lease) create(ctx context.Context, r client.LeaseRequest, owner control
 	if err := l.d.manager.Apply(ctx, l.d.spec()); err != nil {
 		l.d.setContexts(nil, []*liveContext{l.c})
 		l.c.close()
+		ups.stop(nil)
 		return errors.Join(err, l.cgroup.Remove())
 	}
 	l.d.log.Info("lease opened", zap.String("context", name), zap.Int("pid", owner.PID), zap.Uint32("uid", owner.UID), zap.String("marked_by", l.cgroup.Method()))
@@ -219,6 +220,7 @@ func (l *Lease) Close() error {
 			_ = l.c.handler.Close() // never fails
 			l.err = l.apply(l.c.detach)
 			l.c.close()
+			l.c.ups.stop(nil)
 		}
 		l.d.leftovers.Go(func() { l.outlive() })
 	})

@@ -8,6 +8,7 @@ import (
 	"maps"
 	"os"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/mutex-proxy/mutex/control"
@@ -106,7 +107,7 @@ func (u *upstreams) listed(name string) bool {
 func upstreamStatus(s dialers.Status) control.UpstreamStatus {
 	return control.UpstreamStatus{
 		Name: s.Name, URL: s.URL, State: s.State.String(), Up: s.Up, LatencySeconds: s.Latency.Seconds(), Active: s.Active, Total: s.Total, Errors: s.Errors,
-		UDP: s.UDP, IPv6: s.IPv6, RemoteDNS: s.RemoteDNS, Bind: s.Bind,
+		UDP: s.UDP, IPv6: s.IPv6, RemoteDNS: s.RemoteDNS, Bind: s.Bind, Auth: strings.Fields(s.Auth), Warm: s.Warm,
 	}
 }
 
