@@ -98,6 +98,51 @@ func TestUserLease(t *testing.T) {
 	}
 }
 
+// TestLeaseOfCaptured shows that a lease is no way around a capture: whoever a context captures may lease a proxy on another machine, and neither go directly, nor
+// bypass anything, nor name what listens on this machine, whose processes would be let out. Whoever is not captured may do all of that.
+func TestLeaseOfCaptured(t *testing.T) {
+	t.Parallel()
+	l := lab.New(t, lab.Options{})
+	s := l.Dante(t, 1080, true)
+	if err := os.Chmod(l.Dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	public := l.PublicBinary(t)
+	m := l.Mprox(t)
+	m.UpConfig(fmt.Sprintf(`{ "upstreams": { "p": { "url": %q } }, "contexts": { "c": { "mode": "process", "default": "p", "select": { "uid": 4001 } } } }`, s.URL()))
+	lab.Start(t, "local", l.Client.Command("setpriv", "--reuid", "4002", "--regid", "4002", "--clear-groups", public, "serve", "--listen", "127.0.0.1:9999"))
+	lab.Eventually(t, 10*time.Second, "the proxy on this machine answers", func() bool {
+		return lab.Exec(t, l.Client.Command("curl", "-sS", "-m", "2", "-x", "socks5h://127.0.0.1:9999", originURL(false, "/"))).Code == 0
+	})
+	lease := func(uid int, args ...string) lab.Result {
+		return lab.Exec(t, leaseUser(l, m, public, uid, slices.Concat([]string{"run"}, args, []string{"--", "curl", "-sS", "-m", "5", originURL(false, "/")})...))
+	}
+	cp := l.Capture(t)
+	for what, args := range map[string][]string{
+		"direct":                 {"--proxy", "direct://"},
+		"direct in a pool":       {"--proxy", s.URL(), "--proxy", "direct://"},
+		"loopback":               {"--proxy", "socks5h://127.0.0.1:9999"},
+		"loopback, IPv6":         {"--proxy", "socks5h://[::1]:9999"},
+		"loopback, v4 mapped":    {"--proxy", "socks5h://[::ffff:127.0.0.1]:9999"},
+		"loopback by name":       {"--proxy", "socks5h://localhost:9999"},
+		"a bypass":               {"--proxy", s.URL(), "--bypass", "0.0.0.0/0"},
+		"loopback without names": {"--proxy", "auto://127.1.2.3:9999"},
+	} {
+		if r := lease(4001, args...); r.Code != 125 || lines(r.Stderr) != 1 || !strings.Contains(r.Stderr, "context c captures you") {
+			t.Errorf("%s: %v", what, r)
+		}
+	}
+	if r := lease(4001, "--proxy", s.URL()); r.Code != 0 || !fromProxy(r.Stdout) {
+		t.Errorf("a proxy on another machine: %v", r)
+	}
+	upstreamOnly(s).Check(t, cp.Packets())
+	for _, args := range [][]string{{"--proxy", "direct://"}, {"--proxy", s.URL(), "--bypass", "198.51.100.0/24"}, {"--proxy", "socks5h://127.0.0.1:9999"}} {
+		if r := lease(4003, args...); r.Code != 0 || fromProxy(r.Stdout) {
+			t.Errorf("not captured, %v: %v", args, r)
+		}
+	}
+}
+
 // TestLeaseKilled kills the client of a lease with SIGKILL: device and flows are gone within 100 ms, and the process that lives on is blocked
 // until it ends; then nothing is left.
 func TestLeaseKilled(t *testing.T) {
