@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -133,6 +134,12 @@ func TestGateway(t *testing.T) {
 	m := l.Mprox(t)
 	m.UpConfig(fmt.Sprintf(`{ "upstreams": { "p": { "url": %q } }, "contexts": { "lan": { "mode": "gateway", "default": "p",
 		"select": [ { "interface": "g1" }, { "source_cidr": ["192.168.60.0/24", "fd60::/64"] } ] } } }`, s.URL()))
+	during := l.Snapshot(t)["sysctl"]
+	for _, line := range before["sysctl"] { // of devices that are not ours nothing but forwarding is changed, by which the kernel changes what it makes of redirects
+		if !slices.Contains(during, line) && !strings.Contains(line, "forward") && !strings.Contains(line, "accept_redirects") {
+			t.Errorf("changed: %s", line)
+		}
+	}
 	for i, h := range hosts {
 		for _, v6 := range []bool{false, true} {
 			if r := h.run(t, "curl", "-sS", "-m", "10", originURL(v6, "/")); r.Code != 0 || !fromProxy(r.Stdout) {
@@ -158,6 +165,18 @@ func TestGateway(t *testing.T) {
 			t.Errorf("host %d, UDP: %v", i, r)
 		}
 	}
+	// The way to one of them gets narrower than its own device: segments fit it all the same, in both directions.
+	l.Client.Run(t, "sh", "-ec", "ip link set g1 mtu 1300")
+	mss := `import socket,sys
+for a, most in ((%q, 1260), (%q, 1240)):
+    s = socket.create_connection((a, 80), 5)
+    if s.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG) > most: sys.exit("%%s: %%d" %% (a, s.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)))
+    s.sendall(b"GET /bytes/2000000 HTTP/1.0\r\n\r\n"); s.settimeout(10); n = 0
+    while b := s.recv(65536): n += len(b)
+    if n < 2000000: sys.exit("%%s: %%d bytes" %% (a, n))`
+	if r := hosts[0].run(t, "python3", "-c", fmt.Sprintf(mss, lab.OriginV4.String(), lab.OriginV6.String())); r.Code != 0 {
+		t.Errorf("segments: %v", r)
+	}
 	if out := mustCurl(t, l, originURL(false, "/")); fromProxy(out) {
 		t.Errorf("the gateway itself is captured: %q", out)
 	}
@@ -177,6 +196,7 @@ func TestGateway(t *testing.T) {
 	if r := m.CLI("down"); r.Code != 0 {
 		t.Error(r)
 	}
+	l.Client.Run(t, "ip", "link", "set", "g1", "mtu", "1500")
 	if d := before.Diff(l.Snapshot(t)); d != "" {
 		t.Errorf("not as before:\n%s", d)
 	}

@@ -68,6 +68,20 @@ func (g *guard) forwarded(pre *nfChain) {
 	}
 }
 
+// clamp keeps both ends of a captured connection from sending segments that the way between the hosts and the TUN does not take: what is too large
+// would be lost wherever ICMP is filtered.
+func (g *guard) clamp() {
+	mss := nfChain{name: "mss", typ: "filter", hook: "forward", priority: prioMangle}
+	for _, c := range g.contexts {
+		if c.Mode == ModeGateway && c.TUN != "" {
+			mss.rules = append(mss.rules, rule(stIface{name: c.TUN}, stClampMSS{}), rule(stIface{out: true, name: c.TUN}, stClampMSS{}))
+		}
+	}
+	if len(mss.rules) > 0 {
+		g.chain(mss)
+	}
+}
+
 // gatewayDNS captures the queries that the selected send to this machine itself. The table of local addresses is asked before any mark, so they are
 // sent on to an address that is nobody's: that one is led into the TUN, or, with the daemon dead, nowhere.
 func (g *guard) gatewayDNS(c ContextSpec, chain *nfChain) {

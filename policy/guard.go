@@ -59,6 +59,7 @@ func nftTables(s Spec, snap Snapshot, direct map[int]directSets) []NFTable {
 	g.sets()
 	g.prerouting()
 	g.output()
+	g.clamp()
 	g.postrouting()
 	tables := []NFTable{g.table}
 	if t, ok := g.redirect(); ok {

@@ -125,7 +125,9 @@ type (
 	stCounter struct{ name string }
 	stDNAT    struct{ port uint16 } // redirect to a local port
 	stDNATTo  struct{ addr netip.Addr }
-	stVerdict struct{ verb, chain string }
+	// stClampMSS lowers the segment size that a SYN or its answer announces to what the smaller of both ways takes; it never raises it.
+	stClampMSS struct{}
+	stVerdict  struct{ verb, chain string }
 )
 
 func (s stMark) String() string {
@@ -231,6 +233,9 @@ func (stOwned) String() string     { return "meta skuid <= 4294967295" }
 func (s stCounter) String() string { return "counter name " + s.name }
 func (s stDNAT) String() string    { return fmt.Sprintf("redirect to :%d", s.port) }
 func (s stDNATTo) String() string  { return fmt.Sprintf("dnat %s to %s", ip(s.addr.Is6()), s.addr) }
+func (stClampMSS) String() string {
+	return "tcp flags & (syn | rst) == syn tcp option maxseg size set rt mtu"
+}
 func (s stVerdict) String() string { return strings.TrimSpace(s.verb + " " + s.chain) }
 
 // The verdicts.

@@ -145,6 +145,13 @@ func stmtExprs2(s nfStmt) ([]expr.Any, error) {
 			family = unix.NFPROTO_IPV6
 		}
 		return []expr.Any{&expr.Immediate{Register: reg1, Data: s.addr.AsSlice()}, &expr.NAT{Type: expr.NATTypeDestNAT, Family: family, RegAddrMin: reg1}}, nil
+	case stClampMSS:
+		const maxseg = 2 // the kind of the option, RFC 9293 section 3.2; the size is behind kind and length
+		flags := &expr.Payload{DestRegister: reg1, Base: expr.PayloadBaseTransportHeader, Offset: 13, Len: 1}
+		return append(l4(protoTCP), flags, masked([]byte{0x06}, []byte{0}), cmpReg(false, []byte{0x02}),
+			&expr.Rt{Register: reg1, Key: expr.RtTCPMSS},
+			&expr.Byteorder{SourceRegister: reg1, DestRegister: reg1, Op: expr.ByteorderHton, Len: 2, Size: 2},
+			&expr.Exthdr{SourceRegister: reg1, Type: maxseg, Offset: 2, Len: 2, Op: expr.ExthdrOpTcpopt}), nil
 	case stVerdict:
 		kind, ok := map[string]expr.VerdictKind{
 			"accept": expr.VerdictAccept, "drop": expr.VerdictDrop, "return": expr.VerdictReturn, "jump": expr.VerdictJump, "goto": expr.VerdictGoto,

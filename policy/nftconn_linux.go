@@ -251,7 +251,9 @@ func encodeChain(e *netlink.AttributeEncoder, table string, c nfChain) error {
 	if c.hook == "" {
 		return nil
 	}
-	hook, ok := map[string]uint32{"prerouting": unix.NF_INET_PRE_ROUTING, "output": unix.NF_INET_LOCAL_OUT, "postrouting": unix.NF_INET_POST_ROUTING, "egress": nfEgress}[c.hook]
+	hook, ok := map[string]uint32{
+		"prerouting": unix.NF_INET_PRE_ROUTING, "forward": unix.NF_INET_FORWARD, "output": unix.NF_INET_LOCAL_OUT, "postrouting": unix.NF_INET_POST_ROUTING, "egress": nfEgress,
+	}[c.hook]
 	if !ok {
 		return fmt.Errorf("nft hook %q", c.hook)
 	}
