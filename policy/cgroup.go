@@ -184,11 +184,27 @@ func (m *Manager) daemonCgroupLocked(spec Spec) error {
 	}
 	ref, err := m.enterCgroupLocked()
 	if err != nil {
-		m.log.Warn("no cgroup of its own for the daemon: the bypass mark counts for all processes of its user", zap.Error(err))
+		m.stayOutLocked(err)
 		return nil
 	}
 	m.base.Daemon.Cgroup = &ref
 	return nil
+}
+
+// stayOutLocked makes do with the daemon's uid.
+func (m *Manager) stayOutLocked(err error) {
+	m.log.Warn("no cgroup of its own for the daemon: the bypass mark counts for all processes of its user", zap.Error(err))
+	m.base.Daemon.Cgroup = nil
+}
+
+// enteredLocked waits until the daemon is in its cgroup: a socket belongs to the one it was made in.
+func (m *Manager) enteredLocked() error {
+	if m.entering == nil {
+		return nil
+	}
+	err := <-m.entering
+	m.entering = nil
+	return err
 }
 
 // Daemon returns the cgroup that only the daemon is in, by which other namespaces tell its sockets from those of whoever sets marks: root in a
@@ -205,6 +221,9 @@ func (m *Manager) Daemon() (Daemon, error) {
 		return Daemon{}, fmt.Errorf("%w: containers are captured with a writable cgroup v2 and `socket cgroupv2` in nftables only", ErrFeature)
 	}
 	ref, err := m.enterCgroupLocked()
+	if err == nil {
+		err = m.enteredLocked()
+	}
 	if err != nil {
 		return Daemon{}, err
 	}
@@ -212,6 +231,8 @@ func (m *Manager) Daemon() (Daemon, error) {
 	return m.base.Daemon, nil
 }
 
+// enterCgroupLocked makes the cgroup and begins to move the daemon there, see enteredLocked: the kernel waits for all processors before it moves a
+// process, some 10 ms, in which a start has much else to do.
 func (m *Manager) enterCgroupLocked() (CgroupRef, error) {
 	own, err := m.host.Cgroup(0)
 	if err != nil {
@@ -229,16 +250,26 @@ func (m *Manager) enterCgroupLocked() (CgroupRef, error) {
 	if err != nil {
 		return CgroupRef{}, err
 	}
-	return ref, m.moveLocked(pid, own, ref.Path)
+	if err := m.journalMoveLocked(pid, own, ref.Path); err != nil {
+		return CgroupRef{}, err
+	}
+	moved := make(chan error, 1)
+	go func() { moved <- m.host.MoveProcess(pid, ref.Path) }()
+	m.entering = moved
+	return ref, nil
 }
 
 // moveLocked journals a move and does it.
 func (m *Manager) moveLocked(pid int, from, to string) error {
-	m.journal.Moved = append(m.journal.Moved, movedProcess{PID: pid, From: from, To: to})
-	if err := m.journal.write(m.spec.Instance.Journal); err != nil {
+	if err := m.journalMoveLocked(pid, from, to); err != nil {
 		return err
 	}
 	return m.host.MoveProcess(pid, to)
+}
+
+func (m *Manager) journalMoveLocked(pid int, from, to string) error {
+	m.journal.Moved = append(m.journal.Moved, movedProcess{PID: pid, From: from, To: to})
+	return m.journal.write(m.spec.Instance.Journal)
 }
 
 // ExcludeListeners leaves the processes that listen at these addresses of this machine alone, whoever is captured: upstreams on loopback, whose
@@ -337,3 +368,5 @@ func ownService(p string) string {
 	}
 	return ""
 }
+
+func parentCgroup(p string) string { return path.Dir(p) }

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"maps"
 	"os"
-	"path"
 	"reflect"
 	"slices"
 	"sync"
@@ -34,16 +33,6 @@ func (c Config) withDefaults() Config {
 		c.LockDir = defaultLockDir
 	}
 	return c
-}
-
-// Stats is what status and metrics show.
-type Stats struct {
-	GuardActive  bool
-	GuardDropped uint64            // packets
-	Restored     map[string]uint64 // by object: rule, route, nft, link, sysctl, bpf
-	Marking      Marking           // how selected processes are told apart; "" = none are selected
-	MarkingWhy   string            // why it is not BPF
-	Select       SelectState
 }
 
 // Manager owns what one instance has changed in the kernel. Its methods are safe for concurrent use.
@@ -73,6 +62,7 @@ type Manager struct {
 	pids      map[int]*pidGroup      // selected processes; nil = was not there
 	selected  *Selection             // by BPF; nil = nobody
 	bpfErr    error                  // why the kernel refuses BPF
+	entering  <-chan error           // how the daemon's move into its cgroup ends; nil = it is not being moved
 	stopWatch context.CancelFunc
 	watching  sync.WaitGroup
 }
@@ -203,6 +193,15 @@ func (m *Manager) convergeLocked(ctx context.Context, spec Spec, repair bool) er
 	if err := m.daemonCgroupLocked(spec); err != nil {
 		return err
 	}
+	err := m.changeLocked(ctx, spec, repair)
+	if moved := m.enteredLocked(); moved != nil {
+		m.stayOutLocked(moved)
+		err = m.changeLocked(ctx, spec, repair)
+	}
+	return err
+}
+
+func (m *Manager) changeLocked(ctx context.Context, spec Spec, repair bool) error {
 	m.dropGhostsLocked()
 	spec.Contexts = slices.Concat(spec.Contexts, m.ghosts)
 	snap, err := m.host.Snapshot(ctx, spec.TableBase)
@@ -247,7 +246,7 @@ func (m *Manager) convergeLocked(ctx context.Context, spec Spec, repair bool) er
 	if refused, err := m.applyBPFLocked(plan, repair); err != nil {
 		return err
 	} else if refused {
-		return m.convergeLocked(ctx, m.spec, repair)
+		return m.changeLocked(ctx, m.spec, repair)
 	}
 	if err := m.movePIDsLocked(ctx, spec); err != nil {
 		return err
@@ -415,39 +414,6 @@ func (m *Manager) ReleaseSlot(slot int) {
 	}
 }
 
-// keepDroppedLocked saves the guard's counter: a replaced table starts from zero.
-func (m *Manager) keepDroppedLocked() {
-	m.dropped += m.droppedLocked()
-}
-
-// droppedLocked is what the guard tables that stand have dropped.
-func (m *Manager) droppedLocked() (sum uint64) {
-	for _, suffix := range []string{"", egressSuffix} {
-		name := m.spec.Instance.tableName() + suffix
-		if _, ok := m.nftText[name]; !ok {
-			continue
-		}
-		if n, err := m.host.NFCounter(name, guardCounter); err == nil {
-			sum += n
-		}
-	}
-	return sum
-}
-
-// Stats returns counters since Prepare.
-func (m *Manager) Stats() Stats {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	s := Stats{Restored: maps.Clone(m.restored), GuardDropped: m.dropped}
-	name := m.spec.Instance.tableName()
-	if _, ok := m.nftText[name]; ok && !m.closed {
-		s.GuardActive = true
-		s.GuardDropped += m.droppedLocked()
-	}
-	m.markingLocked(&s)
-	return s
-}
-
 // Close stops watching and undoes what mode says. It is idempotent.
 func (m *Manager) Close(ctx context.Context, mode StopMode) error {
 	m.mu.Lock()
@@ -494,5 +460,3 @@ func (m *Manager) keep(c ContextSpec, mode StopMode) bool {
 	// What `mprox run` has started was meant to be proxied for all its life.
 	return c.OnStop == OnEndBlock || m.spec.Instance.Run && m.populated(c.Cgroups)
 }
-
-func parentCgroup(p string) string { return path.Dir(p) }

@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package policy
+
+import "maps"
+
+// Stats is what status and metrics show.
+type Stats struct {
+	GuardActive  bool
+	GuardDropped uint64            // packets
+	Restored     map[string]uint64 // by object: rule, route, nft, link, sysctl, bpf
+	Marking      Marking           // how selected processes are told apart; "" = none are selected
+	MarkingWhy   string            // why it is not BPF
+	Select       SelectState
+}
+
+// keepDroppedLocked saves the guard's counter: a replaced table starts from zero.
+func (m *Manager) keepDroppedLocked() {
+	m.dropped += m.droppedLocked()
+}
+
+// droppedLocked is what the guard tables that stand have dropped.
+func (m *Manager) droppedLocked() (sum uint64) {
+	for _, suffix := range []string{"", egressSuffix} {
+		name := m.spec.Instance.tableName() + suffix
+		if _, ok := m.nftText[name]; !ok {
+			continue
+		}
+		if n, err := m.host.NFCounter(name, guardCounter); err == nil {
+			sum += n
+		}
+	}
+	return sum
+}
+
+// Stats returns counters since Prepare.
+func (m *Manager) Stats() Stats {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	s := Stats{Restored: maps.Clone(m.restored), GuardDropped: m.dropped}
+	name := m.spec.Instance.tableName()
+	if _, ok := m.nftText[name]; ok && !m.closed {
+		s.GuardActive = true
+		s.GuardDropped += m.droppedLocked()
+	}
+	m.markingLocked(&s)
+	return s
+}
