@@ -5,6 +5,7 @@ package e2e
 import (
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -123,6 +124,54 @@ func TestAttachContainer(t *testing.T) {
 	pid = d.Must(t, nil, "docker", "inspect", "-f", "{{.State.Pid}}", "web")
 	if out := d.Must(t, nil, "nsenter", "-t", pid, "-n", "sh", "-c", "ip rule; ip route show table all proto 77; nft list tables"); strings.Contains(out, "77") || strings.Contains(out, "mprox") {
 		t.Errorf("left in the container: %s", out)
+	}
+}
+
+// TestAttachPodman captures a container that Podman runs by runc, without any network of its own: the proxy is then the only way out of it.
+func TestAttachPodman(t *testing.T) {
+	t.Parallel()
+	l := lab.New(t, lab.Options{})
+	s := l.Dante(t, 1080, true)
+	for _, p := range []string{"podman", "runc"} {
+		_, err := exec.LookPath(p)
+		lab.Require(t, err == nil, p)
+	}
+	dir := filepath.Join(l.Dir, "p")
+	podman := func(args ...string) *exec.Cmd {
+		return l.Client.Command(append([]string{
+			"podman", "--root", dir + "/root", "--runroot", dir + "/run", "--tmpdir", dir + "/tmp", "--storage-driver", "vfs",
+			"--cgroup-manager", "cgroupfs", "--events-backend", "file", "--runtime", "runc",
+		}, args...)...)
+	}
+	run := func(args ...string) lab.Result { return lab.Exec(t, podman(args...)) }
+	t.Cleanup(func() { run("rm", "-fa") })
+	must0 := func(r lab.Result) {
+		t.Helper()
+		if r.Code != 0 {
+			t.Fatal(r)
+		}
+	}
+	image := filepath.Join(l.Dir, "app.tar")
+	must0(lab.Exec(t, l.Client.Command("bash", "-c", `for p in curl sleep; do p=$(command -v $p); echo $p; ldd $p | grep -o '/[^ ]*'; done | sort -u | tar -chf "$0" -T -`, image)))
+	must0(run("import", image, "app"))
+	must0(run("run", "-d", "--name", "web", "--network", "none", "--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024", "app", "/usr/bin/sleep", "1000"))
+	socket := dir + "/s"
+	lab.Start(t, "podman", podman("system", "service", "--time", "0", "unix://"+socket))
+	lab.Eventually(t, 10*time.Second, "podman answers", func() bool { _, err := os.Stat(socket); return err == nil })
+	m := l.Mprox(t)
+	m.Env = []string{"DOCKER_HOST=unix://" + socket}
+	m.UpConfig(fmt.Sprintf(`{ "upstreams": { "p": { "url": %q } }, "contexts": { "c": { "mode": "process", "default": "p" } } }`, s.URL()))
+	get := func() lab.Result { return run("exec", "web", "/usr/bin/curl", "-sS", "-m", "4", originURL(false, "/")) }
+	if r := get(); r.Code == 0 {
+		t.Fatalf("it has a network: %v", r)
+	}
+	must(t, m, "attach", "--context", "c", "--container", "web")
+	if r := get(); r.Code != 0 || !fromProxy(r.Stdout) {
+		t.Errorf("attached: %v", r)
+	}
+	must(t, m, "detach", "--context", "c", "--container", "web")
+	if r := get(); r.Code == 0 {
+		t.Errorf("detached: %v", r)
 	}
 }
 
