@@ -59,7 +59,7 @@ type UpstreamStatus struct {
 	RemoteDNS      string  `json:"remote_dns"` // whether it takes names
 	Bind           string  `json:"bind"`       // SOCKS BIND
 	// Auth is how the server was last seen to authenticate: none, password (SOCKS5), basic, digest, bearer, negotiate, ntlm; absent while nothing
-	// is known. Warm is how many connections are ready for flows to come. Both, like State, are only in GET /v1/upstreams.
+	// is known. Warm is how many connections are ready for flows to come. Status has neither, as it has no State.
 	Auth []string `json:"auth,omitempty"`
 	Warm int      `json:"warm,omitempty"`
 }
