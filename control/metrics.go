@@ -59,11 +59,12 @@ type Metrics struct {
 	registry *prometheus.Registry
 	desc     descs
 
-	mu       sync.Mutex // guards what follows
-	connect  map[string]*connectTimes
-	errors   map[string]map[flow.Reason]uint64
-	reloadOK bool
-	reloadAt time.Time
+	attribution attribution
+	mu          sync.Mutex // guards what follows
+	connect     map[string]*connectTimes
+	errors      map[string]map[flow.Reason]uint64
+	reloadOK    bool
+	reloadAt    time.Time
 }
 
 // connectTimes is a histogram that can be forgotten.
@@ -96,6 +97,8 @@ func NewMetrics(source Source, version string) (*Metrics, error) {
 		errors:   make(map[string]map[flow.Reason]uint64),
 		reloadOK: true,
 		reloadAt: time.Now(),
+
+		attribution: newAttribution(),
 		desc: descs{
 			flows:          d("flows_total", "Flows that have ended, by how.", "context", "network", "upstream", "result"),
 			flowsActive:    d("flows_active", "Flows alive now.", "context", "network"),
@@ -115,7 +118,7 @@ func NewMetrics(source Source, version string) (*Metrics, error) {
 				prometheus.Labels{"version": version, "goversion": runtime.Version(), "goarch": runtime.GOARCH}),
 		},
 	}
-	for _, c := range []prometheus.Collector{m, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{})} {
+	for _, c := range []prometheus.Collector{m, m.attribution.total, m.attribution.seconds, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{})} {
 		if err := m.registry.Register(c); err != nil {
 			return nil, err
 		}

@@ -59,9 +59,26 @@ func TestMetrics(t *testing.T) {
 	m.Connected("paris", 42*time.Millisecond)
 	m.Connected("paris", time.Minute)
 	m.UpstreamError("berlin", flow.ReasonTimeout)
+	m.Attributed("tcx", control.AttributionFound, 2*time.Microsecond)
+	m.Attributed("tcx", control.AttributionFound, 20*time.Microsecond)
+	m.Attributed("", control.AttributionNotFound, 5*time.Millisecond)
 	m.Reloaded(true, time.Unix(1700000000, 0))
 	m.Reloaded(false, time.Unix(1800000000, 0))
 	want := []string{
+		`mprox_attribution_seconds_bucket{le="1e-06"} 0`,
+		`mprox_attribution_seconds_bucket{le="2.5e-06"} 1`,
+		`mprox_attribution_seconds_bucket{le="5e-06"} 1`,
+		`mprox_attribution_seconds_bucket{le="1e-05"} 1`,
+		`mprox_attribution_seconds_bucket{le="2.5e-05"} 2`,
+		`mprox_attribution_seconds_bucket{le="0.0001"} 2`,
+		`mprox_attribution_seconds_bucket{le="0.001"} 2`,
+		`mprox_attribution_seconds_bucket{le="0.01"} 3`,
+		`mprox_attribution_seconds_bucket{le="0.1"} 3`,
+		`mprox_attribution_seconds_bucket{le="+Inf"} 3`,
+		`mprox_attribution_seconds_sum 0.005022`,
+		`mprox_attribution_seconds_count 3`,
+		`mprox_attribution_total{method="none",result="not_found"} 1`,
+		`mprox_attribution_total{method="tcx",result="found"} 2`,
 		`mprox_bytes_total{context="default",direction="down",upstream="paris"} 20`,
 		`mprox_bytes_total{context="default",direction="up",upstream="paris"} 10`,
 		`mprox_config_last_reload_successful 0`,

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"os"
 	"regexp"
 	"slices"
 	"strings"
@@ -14,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/mutex-proxy/mutex/control/client"
 	"github.com/mutex-proxy/mutex/e2e/lab"
 )
 
@@ -47,6 +49,7 @@ func TestStatusAndFlows(t *testing.T) {
 		flows[0].Upstream != "p" || flows[0].Network != "tcp" {
 		t.Errorf("flows: %+v", flows)
 	}
+	wantApp(t, m, os.Getpid(), 6)
 	for _, args := range [][]string{{"status"}, {"flows"}, {"contexts"}, {"upstreams"}} {
 		r := m.CLI(args...)
 		if r.Code != 0 || r.Stdout == "" || json.Valid([]byte(r.Stdout)) || strings.Contains(r.Stdout, lab.Password) {
@@ -65,6 +68,21 @@ func TestStatusAndFlows(t *testing.T) {
 	}
 	// The log has one line for the flow, at its end.
 	lab.Eventually(t, 5*time.Second, "the log has a line of the flow", func() bool { return strings.Count(m.Log.String(), "198.51.100.80:9008") == 1 })
+}
+
+// wantApp checks that mprox apps shows a process with one flow and as many bytes each way.
+func wantApp(t *testing.T, m *lab.Mprox, pid int, bytes uint64) {
+	t.Helper()
+	var apps []client.AppUsage
+	r := m.CLI("apps", "-o", "json")
+	if err := json.Unmarshal([]byte(r.Stdout), &apps); err != nil {
+		t.Error(err, r)
+	}
+	if !slices.ContainsFunc(apps, func(a client.AppUsage) bool {
+		return a.App.PID == pid && a.App.Method == "tcx" && a.Flows == 1 && a.BytesUp == bytes && a.BytesDown == bytes
+	}) {
+		t.Errorf("apps: %+v, want process %d, found by its first packet, with one flow", apps, pid)
+	}
 }
 
 // wantFields runs a command and compares the keys of the object at path (of an array, its first element) with the wanted ones.
@@ -146,6 +164,7 @@ func TestMetrics(t *testing.T) {
 	})
 	for _, name := range []string{
 		"mprox_build_info", "mprox_flows_total", "mprox_flows_active", "mprox_bytes_total", "mprox_packets_total", "mprox_connect_seconds_bucket",
+		"mprox_attribution_total{method=\"tcx\",result=\"found\"}", "mprox_attribution_seconds_count",
 		"mprox_upstream_up", "mprox_dns_queries_total", "mprox_config_last_reload_successful", "go_goroutines", "process_open_fds",
 	} {
 		if !strings.Contains(out, "\n"+name) {

@@ -8,7 +8,6 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
-	"reflect"
 	"slices"
 	"strings"
 
@@ -21,16 +20,19 @@ import (
 
 // bpfState is what a Host keeps of the programs. The pins keep them attached when the daemon dies.
 type bpfState struct {
-	dir    string
-	sel    *Selection
-	bits   *selectionBits
-	maps   *bpfMaps
-	hooks  map[string]link.Link // of cgroups, by hookKind.name
-	traces map[string]link.Link // by the pin's name
-	gen    int
-	off    offsets
-	ident  *identifier
-	starts map[int]uint64 // of the processes that selectors name; 0 = was not there
+	dir     string
+	sel     *Selection
+	bits    *selectionBits
+	maps    *bpfMaps
+	hooks   map[string]link.Link // of cgroups, by hookKind.name
+	traces  map[string]link.Link // by the pin's name
+	flows   map[int]link.Link    // of TUN devices, by index. Not pinned: the devices are the daemon's
+	flowsOf *bpfMaps             // what they write to
+	noTCX   bool                 // the kernel has none
+	gen     int
+	off     offsets
+	ident   *identifier
+	starts  map[int]uint64 // of the processes that selectors name; 0 = was not there
 }
 
 // bpffs finds where the BPF file system is mounted, and mounts it where it belongs if it is nowhere.
@@ -70,13 +72,16 @@ func (h *LinuxHost) ApplyBPF(dir string, sel *Selection, old []string) (restored
 	}
 	if s := h.bpf; s != nil {
 		old = s.keys()
-		if s.dir == dir && reflect.DeepEqual(s.sel, sel) {
+		if s.dir == dir && s.sel.same(sel) {
 			if restored, err = s.check(); err != nil {
 				return restored, err
 			}
 			if restored == 0 {
-				if same, err := h.syncLocked(s); same || err != nil {
+				if same, err := h.syncLocked(s); err != nil {
 					return 0, err
+				} else if same {
+					s.sel = sel
+					return 0, h.followFlowsLocked(s, sel.Devices)
 				}
 			}
 		}
@@ -86,8 +91,9 @@ func (h *LinuxHost) ApplyBPF(dir string, sel *Selection, old []string) (restored
 		return 0, err
 	}
 	h.bpf = n
+	err = h.followFlowsLocked(n, sel.Devices)
 	h.publishOwnersLocked()
-	return restored, nil
+	return restored, err
 }
 
 // keys are what the bits of the tasks in the map mean.
@@ -120,7 +126,7 @@ func (s *bpfState) check() (lost int, err error) {
 // prepare makes what all sets of programs need, once.
 func (h *LinuxHost) prepareBPF() (*bpfState, error) {
 	if old := h.bpf; old != nil {
-		return &bpfState{off: old.off, ident: old.ident, starts: old.starts, gen: old.gen + 1, hooks: old.hooks}, nil
+		return &bpfState{off: old.off, ident: old.ident, starts: old.starts, gen: old.gen + 1, hooks: old.hooks, flows: old.flows, noTCX: old.noTCX}, nil
 	}
 	off, err := loadOffsets(defaultLockDir)
 	if err != nil {
@@ -134,7 +140,7 @@ func (h *LinuxHost) prepareBPF() (*bpfState, error) {
 		closeQuietly(ident)
 		return nil, err
 	}
-	return &bpfState{off: off, ident: ident, starts: map[int]uint64{}, hooks: map[string]link.Link{}}, nil
+	return &bpfState{off: off, ident: ident, starts: map[int]uint64{}, hooks: map[string]link.Link{}, flows: map[int]link.Link{}}, nil
 }
 
 // replaceLocked loads a new set of programs beside the old one, fills its maps, and swaps: at no moment is a hook without a program. When it
@@ -343,6 +349,9 @@ func (h *LinuxHost) closeBPF() {
 		closeQuietly(l)
 	}
 	for _, l := range s.traces {
+		closeQuietly(l)
+	}
+	for _, l := range s.flows {
 		closeQuietly(l)
 	}
 	closeQuietly(s.maps)

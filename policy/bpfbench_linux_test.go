@@ -3,12 +3,16 @@
 package policy
 
 import (
+	"fmt"
 	"net"
 	"net/netip"
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
+	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -46,27 +50,107 @@ func BenchmarkSocket(b *testing.B) {
 	}
 }
 
-// BenchmarkOwner looks up whose a UDP socket is.
+// BenchmarkOwner looks up whose a UDP socket is, by its flow and by the socket, with nobody else and with many other processes.
 func BenchmarkOwner(b *testing.B) {
+	for _, others := range []int{0, 300, 3000} {
+		for _, method := range []string{OwnerTCX, OwnerBPF} {
+			b.Run(fmt.Sprintf("%s/others=%d", method, others), func(b *testing.B) { benchOwner(b, method, others) })
+		}
+	}
+}
+
+func benchOwner(b *testing.B, method string, others int) {
+	b.Helper()
 	h := benchHost(b)
 	o, err := NewOwners(h)
 	if err != nil {
 		b.Fatal(err)
 	}
 	b.Cleanup(func() { o.Close() })
-	c, err := net.Dial("udp4", "127.0.0.1:9")
+	benchTUN(b)
+	crowd(b, others)
+	sel := &Selection{Mask: DefaultMask, Owners: true}
+	if method == OwnerTCX {
+		sel.Devices = []string{"bench0"}
+	}
+	benchApply(b, h, sel)
+	dst := netip.MustParseAddrPort("198.51.100.1:9")
+	c, err := net.Dial("udp4", dst.String())
 	if err != nil {
 		b.Fatal(err)
 	}
 	b.Cleanup(func() { c.Close() })
-	benchApply(b, h, &Selection{Mask: DefaultMask, Owners: true}) // it writes down what is there
+	if _, err := c.Write([]byte("x")); err != nil {
+		b.Fatal(err)
+	}
 	src := c.LocalAddr().(*net.UDPAddr).AddrPort()
-	dst := netip.MustParseAddrPort("127.0.0.1:9")
+	took := make([]time.Duration, 0, 1<<16)
 	b.ReportAllocs()
 	for b.Loop() {
-		if w, err := o.Lookup(unix.IPPROTO_UDP, src, dst); err != nil || w.Method != OwnerBPF {
+		from := time.Now()
+		w, err := o.Lookup(unix.IPPROTO_UDP, src, dst)
+		if d := time.Since(from); len(took) < cap(took) {
+			took = append(took, d)
+		}
+		// Nobody sends by the flow meanwhile, which is forgotten after a while.
+		if err != nil || w.Method != method && len(took) < 1000 {
 			b.Fatal(w, err)
 		}
+	}
+	slices.Sort(took)
+	b.ReportMetric(float64(took[len(took)/2]), "p50-ns")
+	b.ReportMetric(float64(took[len(took)*99/100]), "p99-ns")
+}
+
+// benchTUN is a device that all addresses but local ones are behind.
+func benchTUN(b *testing.B) {
+	b.Helper()
+	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { unix.Close(fd) })
+	ifr, err := unix.NewIfreq("bench0")
+	if err != nil {
+		b.Fatal(err)
+	}
+	ifr.SetUint16(unix.IFF_TUN | unix.IFF_NO_PI)
+	if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr); err != nil {
+		b.Fatal(err)
+	}
+	if out, err := exec.Command("sh", "-c", "ip addr add 10.9.0.2/24 dev bench0; ip link set bench0 up; ip route add default dev bench0").CombinedOutput(); err != nil {
+		b.Fatal(string(out), err)
+	}
+}
+
+// crowd is n other processes, until the benchmark ends.
+func crowd(b *testing.B, n int) {
+	b.Helper()
+	if n == 0 {
+		return
+	}
+	c := exec.Command("sh", "-c", fmt.Sprintf("i=0; while [ $i -lt %d ]; do sleep 1000 & i=$((i+1)); done; echo; exec cat", n))
+	c.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	in, err := c.StdinPipe()
+	if err != nil {
+		b.Fatal(err)
+	}
+	out, err := c.StdoutPipe()
+	if err != nil {
+		b.Fatal(err)
+	}
+	if err := c.Start(); err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() {
+		in.Close()
+		if err := syscall.Kill(-c.Process.Pid, syscall.SIGKILL); err != nil { // the group that we have made
+			b.Error(err)
+		}
+		_ = c.Wait()
+	})
+	if _, err := out.Read(make([]byte, 1)); err != nil {
+		b.Fatal(err)
 	}
 }
 

@@ -47,7 +47,7 @@ func (o ownerRecord) bytes() []byte {
 	return b
 }
 
-// writeOwner writes down who uses the socket. R6 is the hook's context, R7 the current task.
+// writeOwner writes down who uses the socket whose cookie is at stCookie.
 func (b *selectionBits) writeOwner(a *assembler, m *bpfMaps) {
 	a.emit(asm.FnGetCurrentTask.Call(), asm.Mov.Reg(asm.R7, asm.R0))
 	a.zero(stOwner, sizeofOwner)
@@ -65,11 +65,7 @@ func (b *selectionBits) writeOwner(a *assembler, m *bpfMaps) {
 	a.follow(asm.R8, asm.R8, "mm_struct.exe_file", stTmp)
 	a.follow(asm.R8, asm.R8, "file.f_inode", stTmp)
 	a.identity(asm.R8, stOwner+32)
-	a.emit(
-		asm.Mov.Reg(asm.R1, asm.R6),
-		asm.FnGetSocketCookie.Call(),
-		asm.StoreMem(asm.RFP, stTmp, asm.R0, asm.DWord))
-	a.update(m.owners, stTmp, stOwner)
+	a.update(m.owners, stCookie, stOwner)
 }
 
 // release forgets the owner of a socket that is closed.

@@ -123,11 +123,12 @@ func (k hookKind) sends() bool   { return k.name == "sendmsg4" || k.name == "sen
 
 // Where a cgroup program keeps what on its stack. Words of selectors follow below.
 const (
-	stKey   = -8
-	stTmp   = -16
-	stTmp2  = -24
-	stCred  = -32 // euid, egid
-	stOwner = -80 // an owner record
+	stKey    = -8
+	stTmp    = -16
+	stTmp2   = -24
+	stCred   = -32 // euid, egid
+	stOwner  = -80 // an owner record
+	stCookie = stTmp2
 )
 
 // decision is the program of a hook: who makes or uses this socket, what the rules say, and the mark.
@@ -151,7 +152,7 @@ func (b *selectionBits) decision(k hookKind, m *bpfMaps, off offsets, cookie uin
 			a.emit(asm.LoadImm(asm.R3, int64(b.mask), asm.DWord), asm.And.Reg(asm.R2, asm.R3))
 			for _, r := range b.rules {
 				if r.mark != 0 {
-					a.emit(asm.LoadImm(asm.R3, int64(r.mark), asm.DWord), asm.JEq.Reg(asm.R2, asm.R3, "allow"))
+					a.emit(asm.LoadImm(asm.R3, int64(r.mark), asm.DWord), asm.JEq.Reg(asm.R2, asm.R3, "owner"))
 				}
 			}
 		}
@@ -160,7 +161,17 @@ func (b *selectionBits) decision(k hookKind, m *bpfMaps, off offsets, cookie uin
 		b.mark(a, k)
 	}
 	a.at("owner")
-	if b.owners && !k.sends() {
+	if b.owners {
+		a.emit(asm.Mov.Reg(asm.R1, asm.R6), asm.FnGetSocketCookie.Call(), asm.StoreMem(asm.RFP, stCookie, asm.R0, asm.DWord))
+		if k.sends() {
+			a.lookup(m.owners, stCookie)
+			a.emit(
+				asm.JEq.Imm(asm.R0, 0, "write"),
+				asm.LoadMem(asm.R1, asm.R0, 0, asm.Word),
+				asm.LoadMem(asm.R2, asm.RFP, stKey, asm.Word),
+				asm.JEq.Reg(asm.R1, asm.R2, "allow"))
+			a.at("write") // a socket that was passed on
+		}
 		b.writeOwner(a, m)
 	}
 	a.returns("allow", 1)

@@ -27,12 +27,12 @@ type fileID struct{ Dev, Inode uint64 }
 
 // bpfMaps are the maps of one set of programs. A value is a bit set of selectors, but for tasks, state and owners.
 type bpfMaps struct {
-	tasks, uids, gids, cgroups, paths, units, files, names, sessions, groups, state, owners *ebpf.Map
+	tasks, uids, gids, cgroups, paths, units, files, names, sessions, groups, state, owners, flows *ebpf.Map
 }
 
 func (m *bpfMaps) each() []**ebpf.Map {
 	return []**ebpf.Map{
-		&m.tasks, &m.uids, &m.gids, &m.cgroups, &m.paths, &m.units, &m.files, &m.names, &m.sessions, &m.groups, &m.state, &m.owners,
+		&m.tasks, &m.uids, &m.gids, &m.cgroups, &m.paths, &m.units, &m.files, &m.names, &m.sessions, &m.groups, &m.state, &m.owners, &m.flows,
 	}
 }
 
@@ -56,9 +56,9 @@ func newMaps(n, tasks int, owners bool) (_ *bpfMaps, err error) {
 	if tasks <= 0 {
 		tasks = defaultTasks
 	}
-	ownerCount := uint32(1)
+	ownerCount, flowCount := uint32(1), uint32(1)
 	if owners {
-		ownerCount = maxOwners
+		ownerCount, flowCount = maxOwners, maxFlowOwners
 	}
 	bits := uint32(8 * n)
 	for _, x := range []struct {
@@ -81,6 +81,7 @@ func newMaps(n, tasks int, owners bool) (_ *bpfMaps, err error) {
 		{&m.groups, "groups", ebpf.Hash, 4, bits, maxIDs, unix.BPF_F_NO_PREALLOC},
 		{&m.state, "state", ebpf.Array, 4, stateSize, 1, 0},
 		{&m.owners, "owners", ebpf.LRUHash, 8, sizeofOwner, ownerCount, 0},
+		{&m.flows, "flows", ebpf.LRUHash, sizeofFlowKey, sizeofFlow, flowCount, 0},
 	} {
 		*x.m, err = ebpf.NewMap(&ebpf.MapSpec{
 			Name: "mprox_" + x.name, Type: x.typ, KeySize: x.key, ValueSize: x.value, MaxEntries: x.entries, Flags: x.flags,

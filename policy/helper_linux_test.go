@@ -90,12 +90,14 @@ func (h *helper) way(name, want, format string, args ...any) way {
 
 // helperMain obeys `udp|tcp|ping ADDR PORT MARK DEVICE` (0 and - for none), `keep ADDR PORT` (a TCP connection that stays), `write` (into
 // it), `listen PORT`, `user UID GID` (for good), `orphan [EXE]` (a child of its own session takes over), `child [EXE]` (the same, in its own
-// session), `open` (a UDP socket that stays), `again ADDR PORT` (through it), `mark` (that a new socket gets),
-// `dial tcp4|tcp6|tcpm|udp4|udp6|udpm ADDR` (port 7400; m: mapped; says where from).
+// session), `open` (a UDP socket that stays, also in who takes over, as 3), `again ADDR PORT` (through it), `mark` (that a new socket gets),
+// `dial tcp4|tcp6|tcpm|udp4|udp6|udpm ADDR` (port 7400; m: mapped; says where from), `brief` (the same, and closes it), `receive PATH` and
+// `received` (a socket), `fd N connect|send ADDR` (of N, or of what was received if 0; port 7400; says where from).
 func helperMain() {
 	var kept net.Conn
 	var ls []net.Listener
-	var open int
+	var open, got int
+	var inbox *net.UnixConn
 	for sc := bufio.NewScanner(os.Stdin); sc.Scan(); {
 		f := strings.Fields(sc.Text())
 		f = append(f, []string{"", "", "0", "0", "-"}[min(len(f), 5):]...)
@@ -123,9 +125,21 @@ func helperMain() {
 		case "keep":
 			kept, err = net.Dial("tcp", net.JoinHostPort(f[1], f[2]))
 		case "orphan", "child":
-			takeOver(f[0] == "orphan", f[1])
+			takeOver(f[0] == "orphan", f[1], open)
 		case "dial":
 			err = errors.New(dialed(f[1], netip.MustParseAddr(f[2])))
+		case "brief":
+			err = errors.New(brief(f[1], netip.MustParseAddr(f[2])))
+		case "receive":
+			inbox, err = net.ListenUnixgram("unixgram", &net.UnixAddr{Name: f[1]})
+		case "received":
+			got, err = receiveFD(inbox)
+		case "fd":
+			fd := got
+			if f[1] != "0" {
+				_, _ = fmt.Sscan(f[1], &fd)
+			}
+			err = errors.New(used(fd, f[2], netip.MustParseAddr(f[3])))
 		case "open":
 			open, err = unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 		case "again":
@@ -151,13 +165,16 @@ func helperMain() {
 }
 
 // takeOver starts a process that goes on in this one's place, and ends.
-func takeOver(session bool, exe string) {
+func takeOver(session bool, exe string, open int) {
 	if exe == "" {
 		exe = "/proc/self/exe"
 	}
 	c := exec.Command(exe)
 	c.Stdin, c.Stdout, c.Stderr = os.Stdin, os.Stdout, os.Stderr
 	c.SysProcAttr = &syscall.SysProcAttr{Setsid: session}
+	if open != 0 {
+		c.ExtraFiles = []*os.File{os.NewFile(uintptr(open), "open")}
+	}
 	if err := c.Start(); err != nil {
 		fmt.Println(err)
 		return

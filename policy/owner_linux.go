@@ -11,7 +11,6 @@ import (
 	"os"
 	"strings"
 	"sync"
-	"sync/atomic"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
@@ -21,7 +20,8 @@ import (
 
 // The ways in which an owner is found, from the surest to the slowest.
 const (
-	OwnerBPF    = "bpf"    // who has made or connected the socket last, as a program has seen it
+	OwnerTCX    = "tcx"    // who has made or connected the socket last, as a program has seen by the flow's first packet
+	OwnerBPF    = "bpf"    // the same, by the socket
 	OwnerProc   = "proc"   // who has the socket open, by a look at all processes
 	OwnerCgroup = "cgroup" // nobody has it open: its user, and the cgroup it was made in
 )
@@ -46,8 +46,10 @@ type Owner struct {
 type Owners struct {
 	h       *LinuxHost
 	exact   *process.Exact
-	records atomic.Pointer[ebpf.Map] // nil = no programs write them down
-	mu      sync.Mutex               // guards what follows
+	mapsMu  sync.RWMutex // held while a map is read; guards what follows
+	records *ebpf.Map    // nil = no programs write them down
+	flows   *ebpf.Map
+	mu      sync.Mutex // guards what follows
 	exes    map[exeKey]string
 	byFile  map[fileID]string // the last path of an executable, for processes that have ended
 	cgroups map[uint64]string // ids are never used again
@@ -81,34 +83,49 @@ func (h *LinuxHost) publishOwnersLocked() {
 	if h.owners == nil {
 		return
 	}
-	var m *ebpf.Map
+	var records, flows *ebpf.Map
 	if h.bpf != nil && h.bpf.bits.owners {
-		m, _ = h.bpf.maps.owners.Clone() // nil: what is not known is looked up in /proc
+		records, _ = h.bpf.maps.owners.Clone() // nil: what is not known is looked up in /proc
+		flows, _ = h.bpf.maps.flows.Clone()
 	}
-	if old := h.owners.records.Swap(m); old != nil {
-		closeQuietly(old)
+	h.owners.setMaps(records, flows)
+}
+
+func (o *Owners) setMaps(records, flows *ebpf.Map) {
+	o.mapsMu.Lock()
+	defer o.mapsMu.Unlock()
+	for _, m := range []*ebpf.Map{o.records, o.flows} {
+		if m != nil {
+			closeQuietly(m)
+		}
 	}
+	o.records, o.flows = records, flows
 }
 
 // Fast reports whether owners are written down, so that looking one up costs microseconds: else it can take a look at all processes.
-func (o *Owners) Fast() bool { return o.records.Load() != nil }
+func (o *Owners) Fast() bool {
+	o.mapsMu.RLock()
+	defer o.mapsMu.RUnlock()
+	return o.records != nil
+}
 
 // Close closes the descriptors. It is idempotent.
 func (o *Owners) Close() error {
-	if m := o.records.Swap(nil); m != nil {
-		closeQuietly(m)
-	}
+	o.setMaps(nil, nil)
 	return o.exact.Close()
 }
 
 // Lookup finds who sends from src to dst. proto is unix.IPPROTO_TCP or UDP. os.ErrNotExist if there is no such socket.
 func (o *Owners) Lookup(proto uint8, src, dst netip.AddrPort) (Owner, error) {
+	if r, ok := o.flow(proto, src, dst); ok {
+		return o.describe(r, OwnerTCX), nil
+	}
 	f, err := o.exact.Socket(proto, src, dst)
 	if err != nil {
 		return Owner{}, err
 	}
 	if r, ok := o.record(f.Cookie); ok {
-		return o.describe(r), nil
+		return o.describe(r, OwnerBPF), nil
 	}
 	out := Owner{UID: f.UID, Cgroup: o.cgroup(f.Cgroup), Method: OwnerCgroup}
 	if f.Inode == 0 {
@@ -131,21 +148,44 @@ func (o *Owners) Lookup(proto uint8, src, dst netip.AddrPort) (Owner, error) {
 	return out, nil
 }
 
+// flow reads whose a flow's first packet was.
+func (o *Owners) flow(proto uint8, src, dst netip.AddrPort) (ownerRecord, bool) {
+	if src.Addr().Is4() != dst.Addr().Is4() {
+		return ownerRecord{}, false
+	}
+	o.mapsMu.RLock()
+	defer o.mapsMu.RUnlock()
+	if o.flows == nil {
+		return ownerRecord{}, false
+	}
+	k := flowKey(proto, src, dst)
+	var b [sizeofFlow]byte
+	if err := o.flows.Lookup(k[:], b[:]); err != nil {
+		return ownerRecord{}, false
+	}
+	var now unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
+		return ownerRecord{}, false
+	}
+	return parseFlow(b[:], now.Nano())
+}
+
 // record reads what a program has written down.
 func (o *Owners) record(cookie uint64) (ownerRecord, bool) {
-	m := o.records.Load()
-	if m == nil {
+	o.mapsMu.RLock()
+	defer o.mapsMu.RUnlock()
+	if o.records == nil {
 		return ownerRecord{}, false
 	}
 	var b [sizeofOwner]byte
-	if err := m.Lookup(cookie, b[:]); err != nil {
+	if err := o.records.Lookup(cookie, b[:]); err != nil {
 		return ownerRecord{}, false
 	}
 	return parseOwner(b[:])
 }
 
-func (o *Owners) describe(r ownerRecord) Owner {
-	out := Owner{PID: int(r.PID), UID: r.UID, GID: r.GID, Method: OwnerBPF}
+func (o *Owners) describe(r ownerRecord, method string) Owner {
+	out := Owner{PID: int(r.PID), UID: r.UID, GID: r.GID, Method: method}
 	key := exeKey{r.PID, r.Start, r.Exe}
 	o.mu.Lock()
 	exe, ok := o.exes[key]

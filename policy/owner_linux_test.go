@@ -43,13 +43,23 @@ func dialed(network string, dst netip.Addr) string {
 	if strings.HasSuffix(network, "m") {
 		sa, family = &unix.SockaddrInet6{Addr: dst.As16(), Port: 7400}, unix.AF_INET6
 	}
-	fd, err := unix.Socket(family, typ|unix.SOCK_CLOEXEC, 0)
-	if err == nil {
-		err = unix.Connect(fd, sa)
-	}
+	fd, err := unix.Socket(family, typ|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
 		return err.Error()
 	}
+	return connected(fd, sa)
+}
+
+// connected connects a socket, or begins to, and returns its address.
+func connected(fd int, sa unix.Sockaddr) string {
+	if err := unix.Connect(fd, sa); err != nil && !errors.Is(err, unix.EINPROGRESS) {
+		return err.Error()
+	}
+	return boundTo(fd)
+}
+
+// boundTo is the address of a socket.
+func boundTo(fd int) string {
 	a, err := unix.Getsockname(fd)
 	switch a := a.(type) {
 	case *unix.SockaddrInet4:

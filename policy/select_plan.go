@@ -4,6 +4,7 @@ package policy
 
 import (
 	"fmt"
+	"reflect"
 	"slices"
 	"strings"
 )
@@ -32,8 +33,16 @@ type Selection struct {
 	Mask      uint32
 	Selectors []Selector
 	Rules     []SelectRule
-	Owners    bool // sockets' owners are written down
-	TaskLimit int  // how many selected processes are followed; 0 = the default
+	Owners    bool     // sockets' owners are written down
+	TaskLimit int      // how many selected processes are followed; 0 = the default
+	Devices   []string // the TUN devices on which flows' owners are written down, with Owners
+}
+
+// same reports whether the programs that decide are the same.
+func (s *Selection) same(o *Selection) bool {
+	a, b := *s, *o
+	a.Devices, b.Devices = nil, nil
+	return reflect.DeepEqual(a, b)
 }
 
 // SelectRule gives sockets of whoever one of Select matches, and none of Exclude, a mark; 0 leaves them alone.
@@ -97,6 +106,11 @@ func newSelection(s Spec, snap Snapshot) *Selection {
 		return nil
 	}
 	out := &Selection{Mask: s.Mask, Owners: s.Owners, TaskLimit: s.TaskLimit}
+	for _, c := range s.Contexts {
+		if s.Owners && c.TUN != "" && c.Mode != ModeGateway && c.Mode != ModeDisabled {
+			out.Devices = append(out.Devices, c.TUN)
+		}
+	}
 	if (Spec{Contexts: s.Contexts}).wantsBPF() {
 		out.rules(s, snap)
 	}
@@ -172,6 +186,9 @@ func (s *Selection) String() string {
 	}
 	if s.Owners {
 		b.WriteString("owners of sockets\n")
+	}
+	for _, d := range s.Devices {
+		fmt.Fprintf(&b, "owners of flows by %s\n", d)
 	}
 	return b.String()
 }

@@ -3,16 +3,23 @@
 package daemon
 
 import (
+	"errors"
 	"net/netip"
+	"os"
+	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/mutex-proxy/mutex/control"
 	"github.com/mutex-proxy/mutex/flow"
 	"github.com/mutex-proxy/mutex/policy"
 )
 
 // owner is policy.Owners as a flow asks it.
-type owner struct{ *policy.Owners }
+type owner struct {
+	*policy.Owners
+	metrics *control.Metrics
+}
 
 var _ flow.Owner = owner{}
 
@@ -27,7 +34,16 @@ func (o owner) Lookup(network flow.Network, src, dst netip.AddrPort) (flow.App, 
 	default:
 		return flow.App{}, flow.ErrNotSupported
 	}
+	start := time.Now()
 	w, err := o.Owners.Lookup(proto, src, dst)
+	result := control.AttributionFound
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		result = control.AttributionNotFound
+	case err != nil:
+		result = control.AttributionError
+	}
+	o.metrics.Attributed(w.Method, result, time.Since(start))
 	if err != nil {
 		return flow.App{}, err
 	}

@@ -67,7 +67,7 @@ func (s *seat) open(ctx context.Context) error {
 	if err := s.listen(ctx); err != nil {
 		return fmt.Errorf("dns listener: %w", err)
 	}
-	s.handler = s.c.newHandler(owner{s.owners})
+	s.handler = s.c.newHandler(owner{s.owners, s.d.metrics})
 	s.c.seated(s)
 	// Flows are not adopted into the kernel: sockets for them would have to be made in the container's namespace.
 	if s.stack, err = stack.New(stack.Config{Device: s.device, Handler: s.handler, Log: s.log}); err != nil {
