@@ -20,19 +20,18 @@ import (
 
 // bpfState is what a Host keeps of the programs. The pins keep them attached when the daemon dies.
 type bpfState struct {
-	dir     string
-	sel     *Selection
-	bits    *selectionBits
-	maps    *bpfMaps
-	hooks   map[string]link.Link // of cgroups, by hookKind.name
-	traces  map[string]link.Link // by the pin's name
-	flows   map[int]link.Link    // of TUN devices, by index. Not pinned: the devices are the daemon's
-	flowsOf *bpfMaps             // what they write to
-	noTCX   bool                 // the kernel has none
-	gen     int
-	off     offsets
-	ident   *identifier
-	starts  map[int]uint64 // of the processes that selectors name; 0 = was not there
+	dir    string
+	sel    *Selection
+	bits   *selectionBits
+	maps   *bpfMaps
+	hooks  map[string]link.Link // of cgroups, by hookKind.name
+	traces map[string]link.Link // by the pin's name
+	flows  map[int]link.Link    // of TUN devices, by index. Not pinned: the devices are the daemon's
+	noTCX  bool                 // the kernel has none
+	gen    int
+	off    offsets
+	ident  *identifier
+	starts map[int]uint64 // of the processes that selectors name; 0 = was not there
 }
 
 // bpffs finds where the BPF file system is mounted, and mounts it where it belongs if it is nowhere.
@@ -170,7 +169,11 @@ func (h *LinuxHost) replaceLocked(dir string, sel *Selection, old []string) (_ *
 			closeQuietly(s.ident)
 		}
 	}()
-	if s.maps, err = newMaps(s.bits.n, sel.TaskLimit, sel.Owners); err != nil {
+	var prev *bpfMaps
+	if h.bpf != nil {
+		prev = h.bpf.maps
+	}
+	if s.maps, err = newMaps(s.bits.n, sel.TaskLimit, sel.Owners, prev); err != nil {
 		return nil, err
 	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -197,7 +200,7 @@ func (h *LinuxHost) replaceLocked(dir string, sel *Selection, old []string) (_ *
 	if err := s.attachHooks(programs); err != nil {
 		return nil, err
 	}
-	if err := h.carryOwners(s); err != nil {
+	if err := h.seedOwners(s); err != nil {
 		return nil, err
 	}
 	if prev := h.bpf; prev != nil {

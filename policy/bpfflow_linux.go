@@ -186,8 +186,8 @@ func parseFlow(b []byte, now int64) (ownerRecord, bool) {
 // followFlowsLocked attaches the program of flows to the devices, and to nothing else. Where it cannot be (kernel < 6.6, a device that has
 // just gone), owners are found by their sockets.
 func (h *LinuxHost) followFlowsLocked(s *bpfState, devices []string) error {
-	if !s.bits.owners || s.noTCX {
-		return nil
+	if !s.bits.owners {
+		devices = nil
 	}
 	return h.inside(func() error {
 		want := map[int]bool{}
@@ -197,15 +197,14 @@ func (h *LinuxHost) followFlowsLocked(s *bpfState, devices []string) error {
 			}
 		}
 		for index, l := range s.flows {
-			if info, err := l.Info(); want[index] && s.flowsOf == s.maps && err == nil && info.TCX() != nil && int(info.TCX().Ifindex) == index {
+			if info, err := l.Info(); want[index] && err == nil && info.TCX() != nil && int(info.TCX().Ifindex) == index {
 				delete(want, index)
 				continue
 			}
-			closeQuietly(l) // writes to other maps; of a device that is gone; or somebody has detached it
+			closeQuietly(l) // of a device that is gone, or somebody has detached it
 			delete(s.flows, index)
 		}
-		s.flowsOf = s.maps
-		if len(want) == 0 {
+		if len(want) == 0 || s.noTCX {
 			return nil
 		}
 		p, err := ebpf.NewProgram(flowProgram(s.maps))

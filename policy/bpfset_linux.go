@@ -45,8 +45,9 @@ func (m *bpfMaps) Close() error {
 	return nil
 }
 
-// newMaps makes the maps for selectors of n words.
-func newMaps(n, tasks int, owners bool) (_ *bpfMaps, err error) {
+// newMaps makes the maps for selectors of n words. Those of owners are taken over from a set before, if it has them: they are the largest, and
+// what is in them stays true.
+func newMaps(n, tasks int, owners bool, prev *bpfMaps) (_ *bpfMaps, err error) {
 	m := &bpfMaps{}
 	defer func() {
 		if err != nil {
@@ -59,6 +60,14 @@ func newMaps(n, tasks int, owners bool) (_ *bpfMaps, err error) {
 	ownerCount, flowCount := uint32(1), uint32(1)
 	if owners {
 		ownerCount, flowCount = maxOwners, maxFlowOwners
+	}
+	if owners && prev != nil && prev.owners.MaxEntries() == ownerCount {
+		if m.owners, err = prev.owners.Clone(); err != nil {
+			return nil, fmt.Errorf("bpf map owners: %w", err)
+		}
+		if m.flows, err = prev.flows.Clone(); err != nil {
+			return nil, fmt.Errorf("bpf map flows: %w", err)
+		}
 	}
 	bits := uint32(8 * n)
 	for _, x := range []struct {
@@ -83,6 +92,9 @@ func newMaps(n, tasks int, owners bool) (_ *bpfMaps, err error) {
 		{&m.owners, "owners", ebpf.LRUHash, 8, sizeofOwner, ownerCount, 0},
 		{&m.flows, "flows", ebpf.LRUHash, sizeofFlowKey, sizeofFlow, flowCount, 0},
 	} {
+		if *x.m != nil {
+			continue
+		}
 		*x.m, err = ebpf.NewMap(&ebpf.MapSpec{
 			Name: "mprox_" + x.name, Type: x.typ, KeySize: x.key, ValueSize: x.value, MaxEntries: x.entries, Flags: x.flags,
 		})

@@ -11,7 +11,6 @@ import (
 	"fmt"
 	"os"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -37,6 +36,11 @@ type nftConn struct {
 	batch *netlink.Conn   // kept open: tables with the owner flag belong to it
 	owned map[string]bool // the tables that do; bounded by the tables of a plan
 	dump  *netlink.Conn
+	seq   uint32 // of the last request by dump
+	buf   []byte // for its answers
+
+	generation uint32            // of the rule set, when prints were read; 0 = never
+	prints     map[string]string // fingerprints by table; bounded by the tables of ours
 }
 
 func newNFTConn(netns int) (*nftConn, error) {
@@ -328,27 +332,6 @@ func encodeElements(e *netlink.AttributeEncoder, table, set string, els []elemen
 	return nil
 }
 
-// tables returns a fingerprint of every table of ours whose name starts with prefix.
-func (n *nftConn) tables(prefix string) (map[string]string, error) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	out := map[string]string{}
-	list, err := n.listLocked(unix.AF_UNSPEC, unix.NFT_MSG_GETTABLE, nil)
-	if err != nil {
-		return nil, err
-	}
-	for _, m := range list {
-		name := attrString(m, unix.NFTA_TABLE_NAME)
-		if m[0] != familyOf(name) || !strings.HasPrefix(name, prefix) {
-			continue
-		}
-		if out[name], err = n.fingerprintLocked(name); err != nil {
-			return nil, err
-		}
-	}
-	return out, nil
-}
-
 // fingerprintLocked hashes what a table holds: chains with their hooks, rules in order, sets with their elements.
 func (n *nftConn) fingerprintLocked(table string) (string, error) {
 	byTable := func(e *netlink.AttributeEncoder) { e.String(1, table) } // NFTA_*_TABLE is 1 everywhere
@@ -405,36 +388,6 @@ func (n *nftConn) elementsLocked(table, set string) ([]byte, error) {
 	}
 	slices.SortFunc(keys, bytes.Compare)
 	return bytes.Join(keys, nil), nil
-}
-
-// listLocked dumps objects: each is the message's data, nfgenmsg first.
-func (n *nftConn) listLocked(family byte, get uint16, filter func(*netlink.AttributeEncoder)) ([][]byte, error) {
-	e := netlink.NewAttributeEncoder()
-	e.ByteOrder = binary.BigEndian
-	if filter != nil {
-		filter(e)
-	}
-	b, err := e.Encode()
-	if err != nil {
-		return nil, err
-	}
-	if err := n.dump.SetDeadline(time.Now().Add(nftReplyTimeout)); err != nil {
-		return nil, err
-	}
-	msgs, err := n.dump.Execute(nftMsg(family, get, netlink.Dump, b))
-	if err != nil {
-		if errors.Is(err, unix.ENOENT) {
-			return nil, nil // gone since it was listed
-		}
-		return nil, nftError(err)
-	}
-	var out [][]byte
-	for _, m := range msgs {
-		if len(m.Data) >= 4 {
-			out = append(out, m.Data)
-		}
-	}
-	return out, nil
 }
 
 // counter reads a named counter's packets.

@@ -274,7 +274,7 @@ func cgroupPath(id uint64) string {
 
 // seedOwners writes down whose the sockets are that are older than the programs: one dump, one look at all processes.
 func (h *LinuxHost) seedOwners(s *bpfState) error {
-	if !s.bits.owners {
+	if !s.bits.owners || h.bpf != nil && h.bpf.bits.owners { // a set before has looked
 		return nil
 	}
 	cookies, inodes := map[uint32]uint64{}, map[uint32]bool{}
@@ -329,19 +329,4 @@ func (s *bpfState) recordOf(h *LinuxHost, pid int) (ownerRecord, bool) {
 		r.Exe = id
 	}
 	return r, true
-}
-
-// carryOwners copies what the set before has written down, or looks for it. The new set writes already: what it knows is newer.
-func (h *LinuxHost) carryOwners(s *bpfState) error {
-	if h.bpf == nil || !h.bpf.bits.owners || !s.bits.owners {
-		return h.seedOwners(s)
-	}
-	var cookie uint64
-	var value []byte
-	for iter := h.bpf.maps.owners.Iterate(); iter.Next(&cookie, &value); {
-		if err := s.maps.owners.Update(cookie, value, ebpf.UpdateNoExist); err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
-			return fmt.Errorf("bpf map owners: %w", err)
-		}
-	}
-	return nil
 }
