@@ -12,6 +12,8 @@ FUZZTIME ?= 20s
 # Of the Go benchmarks: benchstat wants ten runs.
 BENCHTIME ?= 0.2s
 BENCHCOUNT ?= 10
+# The main job over TCP, run a second time where the kernel refuses to adopt flows.
+OFFTESTS := TestTCPMatrix|TestBackpressure|TestFlowTableFull|TestKeepAlive|TestRealClients|TestOffloadPath|TestOffloadOff|TestOffloadModes|TestSYNIsHeld
 
 .PHONY: build cross demo test unit race e2e interop soak fallbacks fuzz bench microbench microbench-baseline profile lint fmt fmt-check check image install clean
 
@@ -36,6 +38,7 @@ race:
 e2e: build ## black-box tests in namespaces against real servers (needs root)
 	bash e2e/setup.sh
 	MPROX_BIN=$(CURDIR)/mprox go test -count=1 -timeout 25m -v ./e2e/...
+	MPROX_E2E_OFFLOAD=off MPROX_BIN=$(CURDIR)/mprox go test -count=1 -timeout 10m -v -run '$(OFFTESTS)' ./e2e
 
 interop: build ## every proxy server through mprox; writes the table of docs/interop.md (needs root; installs the servers)
 	bash e2e/setup.sh
@@ -51,10 +54,11 @@ fallbacks: build ## the main job's tests with each of the techniques of the devi
 	done
 	MPROX_TUN_QUEUES=4 MPROX_BIN=$(CURDIR)/mprox go test -count=1 -timeout 25m -run '$(MAINJOB)' ./e2e
 
-soak: build ## the long versions of e2e tests (needs root): 10,000 connections ten times, a minute of mixed load under the race detector
+soak: build ## the long versions of e2e tests (needs root): 10,000 connections ten times and idle, a million short ones, 200 kills, a minute of mixed load under the race detector
 	CGO_ENABLED=1 go build -race -o dist/mprox-race ./cmd/mprox
 	ulimit -n $$(ulimit -Hn) && MPROX_SOAK=1 MPROX_BIN=$(CURDIR)/dist/mprox-race go test -count=1 -timeout 15m -v -run 'TestMixedLoad' ./e2e
-	ulimit -n $$(ulimit -Hn) && MPROX_SOAK=1 MPROX_BIN=$(CURDIR)/mprox go test -count=1 -timeout 30m -v -run 'TestChurn|TestStalledReader' ./e2e
+	ulimit -n $$(ulimit -Hn) && MPROX_SOAK=1 MPROX_SHORT=1000000 MPROX_IDLE=10000 MPROX_KILLS=200 MPROX_BIN=$(CURDIR)/mprox \
+	  go test -count=1 -timeout 90m -v -run 'TestChurn|TestStalledReader|TestShortConnections|TestIdleFlows|TestOffloadKilled' ./e2e
 
 fuzz: ## each fuzz target for FUZZTIME
 	bash .ci/fuzz $(FUZZTIME)

@@ -50,23 +50,22 @@ func (c *TCPConn) Bind(ctx context.Context) (flow.Binding, error) {
 }
 
 // Detach gives the socket away (flow.Socket).
-func (c *TCPConn) Detach(abort func()) (int, error) {
+func (c *TCPConn) Detach(fd int, abort func()) error {
 	raw, err := c.SyscallConn()
 	if err != nil {
-		return -1, err
+		return err
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.ended || c.taken != nil {
-		return -1, net.ErrClosed
+		return net.ErrClosed
 	}
-	fd := -1
-	cerr := raw.Control(func(s uintptr) { fd, err = unix.FcntlInt(s, unix.F_DUPFD_CLOEXEC, 0) })
+	cerr := raw.Control(func(s uintptr) { err = unix.Dup3(int(s), fd, unix.O_CLOEXEC) })
 	if err := errors.Join(cerr, err); err != nil {
-		return -1, err
+		return err
 	}
 	c.taken = abort
-	return fd, c.TCPConn.Close()
+	return c.TCPConn.Close()
 }
 
 // Close closes the socket; what is queued is still sent.

@@ -41,6 +41,9 @@ type NetConfig struct {
 	HostsFile string
 	// KeepAlive is the idle time before the first TCP keep-alive probe; 0 means 60 s, negative turns probes off.
 	KeepAlive time.Duration
+	// MaxFD is the first descriptor that no socket may have: the rest of the process's is for what is not a flow (the control socket, files). It is
+	// refused as EMFILE, like one beyond the limit of open files. 0 = all may be used.
+	MaxFD int
 	// NoSegment sends datagrams one by one, as on kernels without UDP_SEGMENT: for tests of that fall-back.
 	NoSegment bool
 	// Inside runs what opens sockets in another network namespace; nil = this one.
@@ -178,6 +181,9 @@ func (n *Net) control(network, _ string, rc syscall.RawConn) error {
 }
 
 func (n *Net) prepare(fd int, network string) error {
+	if n.cfg.MaxFD > 0 && fd >= n.cfg.MaxFD { // the kernel gives the lowest that is free: as many are taken
+		return unix.EMFILE
+	}
 	if n.cfg.MarkMask != 0 {
 		if err := setMark(fd, n.cfg.Mark, n.cfg.MarkMask); err != nil {
 			return fmt.Errorf("set mark %#x/%#x: %w (needs CAP_NET_ADMIN)", n.cfg.Mark, n.cfg.MarkMask, err)

@@ -3,6 +3,7 @@
 package dialers
 
 import (
+	"net"
 	"net/netip"
 	"os"
 	"strings"
@@ -12,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/mutex-proxy/mutex/dialers/dialertest"
+	"github.com/mutex-proxy/mutex/flow"
 )
 
 func option(t *testing.T, c syscall.Conn, level, name int) uint32 {
@@ -143,4 +145,22 @@ func TestSocketOptions(t *testing.T) {
 	if netip.MustParseAddrPort(u.LocalAddr().String()).Port() == 0 {
 		t.Error("a UDP socket without a port")
 	}
+}
+
+// The last descriptors are not for flows: what would have one is refused as if there were none left.
+func TestMaxFD(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	to := netip.MustParseAddrPort(l.Addr().String())
+	if c, err := NewNet(NetConfig{MaxFD: 3}).DialTCP(t.Context(), to); err == nil || !flow.OutOfDescriptors(err) {
+		t.Errorf("%v, %v", c, err)
+	}
+	c, err := NewNet(NetConfig{MaxFD: 1 << 20}).DialTCP(t.Context(), to)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Abort()
 }

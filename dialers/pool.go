@@ -394,7 +394,7 @@ func (p *poolState) note(ctx context.Context, by carriage, i int, err error) {
 	c := &m.conditions[by]
 	var faults int32
 	switch {
-	case errors.Is(err, errOff), errors.Is(err, errFull):
+	case errors.Is(err, errOff), errors.Is(err, errFull), flow.OutOfDescriptors(err):
 		return // not its fault
 	case err != nil && errors.Is(ctx.Err(), context.Canceled):
 		return // the application gave up, or another member was faster: see dial

@@ -15,6 +15,7 @@ import (
 
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest/observer"
+	"golang.org/x/sys/unix"
 
 	"github.com/mutex-proxy/mutex/flow"
 )
@@ -256,6 +257,18 @@ func TestPoolEjects(t *testing.T) {
 			t.Error(said)
 		}
 	})
+}
+
+// That this machine has too many files open is no member's fault.
+func TestPoolOutOfDescriptors(t *testing.T) {
+	m := members(2)
+	m[0].dial = fails(fmt.Errorf("%w: %w", flow.ErrUpstream, unix.EMFILE))
+	m[1].dial = m[0].dial
+	p := pool(t, Failover, PoolConfig{}, m...)
+	dials(t, p, 10)
+	if st := p.Members(); !st[0].Up || !st[1].Up {
+		t.Errorf("%+v", st)
+	}
 }
 
 // Members that are all out are asked all the same: the first that is back carries the next flow.

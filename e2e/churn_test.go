@@ -17,8 +17,6 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/mutex-proxy/mutex/e2e/lab"
 )
 
@@ -71,10 +69,8 @@ func eachPath(t *testing.T, f func(t *testing.T, l *lab.Lab, m *lab.Mprox)) {
 				t.Parallel()
 			}
 			l := lab.New(t, lab.Options{})
-			s := l.Microsocks(t, 1082)
 			m := l.Mprox(t)
-			m.UpConfig(fmt.Sprintf(`{ "http": { "listen": "127.0.0.1:9464" }, "upstreams": { "p": { "url": %q } },
-  "contexts": { "default": { "mode": "global", "default": "p", "offload": %q, "dns": { "mode": "off" } } } }`, s.URL(), offload))
+			m.UpConfig(crowdConfig(t, l, offload))
 			f(t, l, m)
 		})
 	}
@@ -84,15 +80,19 @@ func eachPath(t *testing.T, f func(t *testing.T, l *lab.Lab, m *lab.Mprox)) {
 // before the first, and memory does not grow from round to round.
 func TestChurn(t *testing.T) {
 	t.Parallel()
-	noteLimit(t)
 	conns, rounds := either(soak(), 300, 10_000), either(soak(), 4, 10)
 	eachPath(t, func(t *testing.T, l *lab.Lab, m *lab.Mprox) {
 		t.Helper()
-		churn(t, l, 50) // what is made once, with the first flows
+		c := l.Crowd(t)
+		churn := func(n int) {
+			c.Must(lab.CrowdTask{Conns: n, Workers: 64, Hold: true})
+			c.Do(lab.CrowdTask{Leave: true})
+		}
+		churn(50) // what is made once, with the first flows
 		goroutines, fds := metric(t, l, "go_goroutines"), metric(t, l, "process_open_fds")
 		var rss []int64
 		for round := range rounds {
-			churn(t, l, conns)
+			churn(conns)
 			lab.Eventually(t, time.Minute, "everything is as it was", func() bool {
 				// The scrape itself has a goroutine or two, and idle ones that carry uploads may wait for more.
 				return len(m.Flows()) == 0 && metric(t, l, "go_goroutines") <= goroutines+70 && metric(t, l, "process_open_fds") <= fds+8
@@ -106,60 +106,18 @@ func TestChurn(t *testing.T) {
 	})
 }
 
-// noteLimit says how many descriptors there are: each connection of the long version takes two of the test's, for both ends.
-func noteLimit(t *testing.T) {
+// crowdConfig starts servers enough for 10,000 connections, each of which takes two of a server's descriptors, and returns a configuration with
+// metrics that uses them.
+func crowdConfig(t *testing.T, l *lab.Lab, offload string) string {
 	t.Helper()
-	var lim unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &lim); err != nil {
-		t.Fatal(err)
+	var upstreams, members []string
+	for i := range 3 {
+		s := l.Microsocks(t, uint16(1082+i))
+		upstreams, members = append(upstreams, fmt.Sprintf(`"u%d": { "url": %q }`, i, s.URL())), append(members, fmt.Sprintf(`"u%d"`, i))
 	}
-	if soak() && lim.Cur < 25_000 {
-		t.Fatalf("%d descriptors are too few for 10,000 connections: raise ulimit -Hn to 25000", lim.Cur)
-	}
-}
-
-// churn opens n connections, uses them, and closes them when all are open.
-func churn(t *testing.T, l *lab.Lab, n int) {
-	t.Helper()
-	var wg, open sync.WaitGroup
-	open.Add(n)
-	turns := make(chan struct{}, 64)
-	var failed atomic.Int64
-	for i := range n {
-		wg.Go(func() {
-			opened := false
-			done := func() {
-				if !opened {
-					opened = true
-					open.Done()
-				}
-			}
-			defer done()
-			turns <- struct{}{}
-			c, err := l.Client.Dial("tcp", netip.AddrPortFrom(either(i%2 == 1, lab.OriginV4, lab.OriginV6), lab.PortEcho).String(), 30*time.Second)
-			if err == nil {
-				defer c.Close()
-				_ = c.SetDeadline(time.Now().Add(2 * time.Minute))
-				err = echoWord(c, "hello")
-			}
-			<-turns
-			if err != nil {
-				if failed.Add(1) < 5 {
-					t.Error(err)
-				}
-				return
-			}
-			done()
-			open.Wait()
-			if i%3 == 0 { // some by RST
-				_ = c.(*net.TCPConn).SetLinger(0)
-			}
-		})
-	}
-	wg.Wait()
-	if n := failed.Load(); n > 0 {
-		t.Fatalf("%d connections failed", n)
-	}
+	return fmt.Sprintf(`{ "http": { "listen": "127.0.0.1:9464" }, "upstreams": { %s }, "pools": { "p": { "members": [%s] } },
+  "contexts": { "default": { "mode": "global", "default": "p", "offload": %q, "dns": { "mode": "off" } } } }`,
+		strings.Join(upstreams, ", "), strings.Join(members, ", "), offload)
 }
 
 // TestStalledReader: an application that does not read its download holds nobody else up.

@@ -217,7 +217,7 @@ func (s *session) listen(ctx context.Context, a *assoc, p *peer) {
 	var conn PacketConn
 	err := s.h.takeTurn(ctx)
 	if err == nil {
-		conn, err = a.key.via.ListenPacket(ctx, p.f)
+		conn, err = makeRoom(ctx, s.h.table, func() (PacketConn, error) { return a.key.via.ListenPacket(ctx, p.f) })
 		<-s.h.dials
 	}
 	now := s.h.cfg.Now()

@@ -168,7 +168,7 @@ func resultOf(err error, otherwise string) string {
 	switch {
 	case errors.Is(err, ErrKilled):
 		return ResultKilled
-	case errors.Is(err, ErrEvicted):
+	case errors.Is(err, ErrEvicted), errors.Is(err, ErrShort):
 		return ResultEvicted
 	case errors.Is(err, ErrRules):
 		return ResultReloaded

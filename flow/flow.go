@@ -257,10 +257,11 @@ type Conn interface {
 // Socket is implemented by a Conn that is a plain TCP socket which can be given away. A Conn that is not one has bytes of its own in between.
 type Socket interface {
 	Conn
-	// Detach gives the descriptor, which does not block and is not known to the runtime's poller, to the caller, who closes it. The Conn itself
-	// has still to be closed, by Close, after that: it counts as open until then. Abort calls abort from now on, which must not block or call the Conn.
-	// With an error nothing has changed. It must not be called while the Conn is being read or written.
-	Detach(abort func()) (fd int, err error)
+	// Detach makes fd, a descriptor of the caller's, one of the socket, which does not block and is not known to the runtime's poller. So it
+	// needs no descriptor that might not be there. The Conn itself has still to be closed, by Close, after that: it counts as open until then.
+	// Abort calls abort from now on, which must not block or call the Conn. With an error nothing has changed. It must not be called while the
+	// Conn is being read or written.
+	Detach(fd int, abort func()) error
 }
 
 // Adopter is implemented by a Pending that can make the application's connection in the kernel, so that bytes never pass through here.

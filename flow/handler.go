@@ -239,10 +239,37 @@ func (h *Handler) dial(ctx context.Context, via Dialer, f *Flow) (Conn, error) {
 		return nil, err
 	}
 	defer func() { <-h.dials }()
-	if d, ok := via.(SourceDialer); ok {
-		return d.DialFlow(ctx, f)
+	return makeRoom(ctx, h.table, func() (Conn, error) {
+		if d, ok := via.(SourceDialer); ok {
+			return d.DialFlow(ctx, f)
+		}
+		return via.Dial(ctx, f.Dst)
+	})
+}
+
+// What makeRoom does at most: it ends a flow at each roomEvery-th try, and waits roomWait for descriptors before the next.
+const (
+	roomTries = 32
+	roomEvery = 4
+	roomWait  = 20 * time.Millisecond
+)
+
+// makeRoom opens something of an upstream's. Where descriptors run out before the table is full, the longest idle flow ends, as it would in a full
+// table: new flows are worth more.
+func makeRoom[T any](ctx context.Context, t *Table, open func() (T, error)) (T, error) {
+	for tries := 0; ; tries++ {
+		c, err := open()
+		if err == nil || !OutOfDescriptors(err) || tries == roomTries || tries%roomEvery == 0 && !t.evict(ErrShort) {
+			return c, err
+		}
+		wait := time.NewTimer(roomWait)
+		select {
+		case <-wait.C:
+		case <-ctx.Done():
+			wait.Stop()
+			return c, err
+		}
 	}
-	return via.Dial(ctx, f.Dst)
 }
 
 // takeTurn waits until fewer than maxDials upstreams are being asked.

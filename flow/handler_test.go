@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -261,7 +262,7 @@ func TestKilledFlowsReset(t *testing.T) {
 		"kill":     {func(r *rig) { r.table.Kill(r.table.Snapshot()[0].ID) }, ResultKilled},
 		"reload":   {func(r *rig) { r.table.KillIf(func(*Info) bool { return true }) }, ResultReloaded},
 		"shutdown": {func(r *rig) { r.Close() }, ResultShutdown},
-		"evict":    {func(r *rig) { r.table.evict() }, ResultEvicted},
+		"evict":    {func(r *rig) { r.table.evict(ErrEvicted) }, ResultEvicted},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -330,6 +331,39 @@ func TestFullTableEndsIdleFlow(t *testing.T) {
 		mustRead(t, a.up, "y")
 		mustWrite(t, c.app, "z")
 		mustRead(t, c.up, "z")
+	})
+}
+
+// Where descriptors run out, the longest idle flow makes room for the new one, which is dialled again.
+func TestNoDescriptorsEndsIdleFlow(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, nil)
+		old := startTCP(t, r, webAddr)
+		synctest.Wait()
+		<-time.After(time.Second)
+		startTCP(t, r, webAddr)
+		synctest.Wait()
+		tries := 0
+		y := &tcpRig{rig: r}
+		_, appIn := memPipe()
+		upOut, upIn := memPipe()
+		defer upOut.Close()
+		y.p = &pending{accept: func() (Conn, error) { return appIn, nil }}
+		r.SetDecider(always(Forward, &dialer{name: "up", dial: func(context.Context, Addr) (Conn, error) {
+			if tries++; tries == 1 {
+				return nil, fmt.Errorf("%w: %w", ErrUpstream, os.NewSyscallError("socket", unix.EMFILE))
+			}
+			return upIn, nil
+		}}))
+		go r.TCP(t.Context(), appAddr, webAddr, y.p)
+		<-old.done
+		<-time.After(time.Second)
+		if tries != 2 || !y.p.accepted.Load() {
+			t.Errorf("%d tries, accepted: %v", tries, y.p.accepted.Load())
+		}
+		if line := r.line(t); line["result"] != ResultEvicted || line["error"] != ErrShort.Error() {
+			t.Error(line)
+		}
 	})
 }
 

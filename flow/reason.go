@@ -88,6 +88,12 @@ func ReasonOf(err error) Reason {
 	return ReasonHostUnreachable
 }
 
+// OutOfDescriptors reports whether this machine, not an upstream, has failed: the process, or all of them, have too many files open. It is over
+// when a flow ends.
+func OutOfDescriptors(err error) bool {
+	return errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENFILE)
+}
+
 func isTimeout(err error) bool {
 	var ne net.Error
 	return errors.Is(err, context.DeadlineExceeded) || errors.Is(err, os.ErrDeadlineExceeded) || errors.As(err, &ne) && ne.Timeout()

@@ -20,6 +20,7 @@ const DefaultMaxFlows = 65536
 var (
 	ErrKilled    = errors.New("killed on request")
 	ErrEvicted   = errors.New("longest idle flow of a full table")
+	ErrShort     = errors.New("longest idle flow when file descriptors ran out")
 	ErrRules     = errors.New("blocked by the new rules")
 	ErrClosed    = errors.New("context closed")
 	ErrIdle      = errors.New("half-closed and idle")
@@ -150,7 +151,7 @@ func (t *Table) SetMaxFlows(n int) {
 func (t *Table) add(f *Flow, kill func(error)) (*entry, error) {
 	for t.slots.Add(1) > t.maxFlows.Load() {
 		t.slots.Add(-1)
-		if !t.evict() {
+		if !t.evict(ErrEvicted) {
 			t.refused.Add(1)
 			return nil, ErrTableFull
 		}
@@ -173,7 +174,7 @@ func (t *Table) clock() int64 { return t.clockAt(t.cfg.Now()) }
 func (t *Table) clockAt(now time.Time) int64 { return int64(now.Sub(t.epoch)) }
 
 // evict ends the flow that has been idle longest, and reports whether there was one.
-func (t *Table) evict() bool {
+func (t *Table) evict(cause error) bool {
 	t.evictMu.Lock()
 	e, ok := t.idlest.take((*entry).giveSlot)
 	if !ok {
@@ -185,7 +186,7 @@ func (t *Table) evict() bool {
 		return false
 	}
 	t.evicted.Add(1)
-	e.end(ErrEvicted)
+	e.end(cause)
 	return true
 }
 

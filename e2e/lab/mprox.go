@@ -97,7 +97,7 @@ func (m *Mprox) Command(args ...string) *exec.Cmd {
 }
 
 func (m *Mprox) command(args ...string) *exec.Cmd {
-	cmd := m.lab.Client.Command(args...)
+	cmd := m.lab.Client.Command(withoutRepair(args)...)
 	if m.Env != nil {
 		cmd.Env = append(os.Environ(), m.Env...)
 	}

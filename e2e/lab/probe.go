@@ -131,6 +131,12 @@ func Helper() {
 		return
 	case "probe":
 		fmt.Println(strings.Join(RunProbes(SocketProbes()), "\n"))
+	case "norepair":
+		_ = os.Unsetenv(helperEnv)
+		fmt.Fprintln(os.Stderr, norepair(os.Args[1:]))
+		os.Exit(1)
+	case "crowd":
+		crowd()
 	default:
 		fmt.Fprintln(os.Stderr, "unknown helper")
 		os.Exit(1)
@@ -140,7 +146,7 @@ func Helper() {
 
 const helperEnv = "MPROX_E2E_HELPER"
 
-// HelperCommand returns a command line that runs the probes as a process of their own.
+// HelperCommand returns a command line that runs a part of the tests as a process of its own.
 func HelperCommand(name string) ([]string, error) {
 	exe, err := os.Executable()
 	return []string{"env", helperEnv + "=" + name, exe}, err

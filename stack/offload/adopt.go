@@ -70,11 +70,22 @@ func (e *Engine) Adopt(s *SYN, write func(synACK []byte) error) (*Conn, error) {
 	if err != nil {
 		return nil, err
 	}
+	spare, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		discard(fd)
+		return nil, os.NewSyscallError("dup", err)
+	}
+	if spare >= e.maxFD { // a low number may have been free for fd, and none for this
+		_ = unix.Close(spare)
+		discard(fd)
+		return nil, errDescriptors
+	}
 	if err := write(packet); err != nil {
+		_ = unix.Close(spare)
 		discard(fd)
 		return nil, fmt.Errorf("answer: %w", err)
 	}
-	c := newConn(e, fd, s)
+	c := newConn(e, fd, spare, s)
 	switch confirmed, err := c.confirmed(); {
 	case err != nil:
 		c.Abort()
@@ -101,6 +112,9 @@ func (e *Engine) build(s *SYN) (fd int, packet []byte, err error) {
 			fd = -1
 		}
 	}()
+	if fd >= e.maxFD { // the kernel gives the lowest that is free: as many are taken
+		return fd, nil, errDescriptors
+	}
 	a := answer{seq: rand.Uint32(), mss: e.mss(family), scale: ourScale, ttl: e.cfg.TTL}
 	if err := e.repair(fd, s, &a); err != nil {
 		return fd, nil, err

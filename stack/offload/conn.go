@@ -35,9 +35,9 @@ type Conn struct {
 
 var _ flow.Splicer = (*Conn)(nil)
 
-func newConn(e *Engine, fd int, s *SYN) *Conn {
+func newConn(e *Engine, fd, spare int, s *SYN) *Conn {
 	c := &Conn{e: e, local: s.Dst, remote: s.Src}
-	c.pair = &pair{fd: [2]int{fd, -1}}
+	c.pair = &pair{fd: [2]int{fd, -1}, spare: spare}
 	c.side = appSide
 	e.add(c)
 	return c
@@ -72,12 +72,16 @@ func (c *Conn) unconfirmed() {
 // Splice implements flow.Splicer.
 func (c *Conn) Splice(up flow.Socket, counted, countedDown *flow.Counter, ended func(upload bool, err error)) (flow.Conn, func() error, error) {
 	p := c.pair
-	fd, err := up.Detach(func() { p.close(upSide, true) })
-	if err != nil {
+	p.mu.Lock()
+	if p.spare < 0 {
+		p.mu.Unlock()
+		return nil, nil, fmt.Errorf("splice: %w", net.ErrClosed)
+	}
+	if err := up.Detach(p.spare, func() { p.close(upSide, true) }); err != nil {
+		p.mu.Unlock()
 		return nil, nil, fmt.Errorf("splice: %w", err)
 	}
-	p.mu.Lock()
-	p.fd[upSide], p.ended = fd, ended
+	p.fd[upSide], p.spare, p.ended = p.spare, -1, ended
 	p.dir[appSide].counter, p.dir[upSide].counter = counted, countedDown
 	p.worker = c.e.workers[int(c.e.next.Add(1))%len(c.e.workers)]
 	cut := p.cut
@@ -100,6 +104,7 @@ func (c *Conn) finish(reset bool) error {
 	}
 	c.e.remove(c)
 	c.end.finish(reset)
+	c.pair.drop()
 	return nil
 }
 

@@ -12,9 +12,13 @@ package offload
 import (
 	"errors"
 	"fmt"
+	"math"
+	"os"
 	"runtime"
 	"sync"
 	"sync/atomic"
+
+	"golang.org/x/sys/unix"
 )
 
 // Config is what an Engine is built from.
@@ -30,6 +34,7 @@ const maxWorkers = 8
 // Engine moves the bytes of all adopted flows of one context.
 type Engine struct {
 	cfg     Config
+	maxFD   int // no flow is adopted with a descriptor from here on
 	workers []*worker
 	next    atomic.Uint32
 	open    atomic.Int64 // adopted and not closed
@@ -48,10 +53,21 @@ func New(cfg Config) (*Engine, error) {
 	return &Engine{cfg: cfg, conns: map[*Conn]struct{}{}}, nil
 }
 
+// spareDescriptors is the part of the limit of open files, 1/spareDescriptors, that is kept for what does not come in pairs: in netstack a flow needs
+// one where an adopted one needs two.
+const spareDescriptors = 16
+
+var errDescriptors = errors.New("few file descriptors are left")
+
 // Start starts the workers. It can be called once.
 func (e *Engine) Start() error {
+	var files unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &files); err != nil {
+		return fmt.Errorf("offload: %w", os.NewSyscallError("getrlimit", err))
+	}
+	e.maxFD = int(min(files.Cur, math.MaxInt32) / spareDescriptors * (spareDescriptors - 1))
 	for range min(runtime.GOMAXPROCS(0), maxWorkers) {
-		w, err := newWorker()
+		w, err := newWorker(e.maxFD)
 		if err != nil {
 			return errors.Join(fmt.Errorf("offload: %w", err), e.Close())
 		}

@@ -39,10 +39,11 @@ type pair struct {
 	queued     bool // in the worker's ready list; the worker's own
 	ended      func(upload bool, err error)
 
-	mu  sync.Mutex
-	fd  [2]int // -1 once closed, or not known yet
-	cut bool   // the upstream's was to be reset before it was known
-	dir [2]direction
+	mu    sync.Mutex
+	fd    [2]int // -1 once closed, or not known yet
+	spare int    // what becomes the upstream's: after the answer, none may be missing; -1 = used
+	cut   bool   // the upstream's was to be reset before it was known
+	dir   [2]direction
 }
 
 // direction is one direction, named by the side it reads from.
@@ -96,6 +97,16 @@ func (p *pair) close(side int, reset bool) {
 		p.worker.remove(p)
 	}
 	p.endAllLocked(opError("read", net.ErrClosed))
+}
+
+// drop closes the spare descriptor of a pair that has never been spliced.
+func (p *pair) drop() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.spare >= 0 {
+		_ = unix.Close(p.spare)
+		p.spare = -1
+	}
 }
 
 // fail ends both directions with an error of the application's side. Both sockets stay as they are.

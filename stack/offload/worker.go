@@ -39,7 +39,7 @@ const (
 	events = unix.EPOLLIN | unix.EPOLLOUT | unix.EPOLLRDHUP | unix.EPOLLPRI | unix.EPOLLET
 )
 
-func newWorker() (*worker, error) {
+func newWorker(maxFD int) (*worker, error) {
 	fd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
 	if err != nil {
 		return nil, os.NewSyscallError("epoll_create1", err)
@@ -48,7 +48,7 @@ func newWorker() (*worker, error) {
 		_ = unix.Close(fd)
 		return nil, os.NewSyscallError("fcntl", err)
 	}
-	return &worker{epoll: fd, file: os.NewFile(uintptr(fd), "epoll")}, nil
+	return &worker{epoll: fd, file: os.NewFile(uintptr(fd), "epoll"), pipes: pipes{maxFD: maxFD}}, nil
 }
 
 // add begins to watch both sockets of p, which must be locked.
@@ -155,7 +155,10 @@ func (w *worker) stop() {
 }
 
 // pipes is a worker's pipes: taken while bytes are on their way only, so that an idle flow has none.
-type pipes struct{ idle []pipe }
+type pipes struct {
+	idle  []pipe
+	maxFD int // no pipe has a descriptor from here on
+}
 
 // maxIdlePipes bounds the pipes kept for the next flow that needs one.
 const maxIdlePipes = 16
@@ -174,6 +177,10 @@ func (ps *pipes) get() (pipe, error) {
 	var fd [2]int
 	if err := unix.Pipe2(fd[:], unix.O_NONBLOCK|unix.O_CLOEXEC); err != nil {
 		return pipe{}, os.NewSyscallError("pipe2", err)
+	}
+	if max(fd[0], fd[1]) >= ps.maxFD {
+		pipe{fd[0], fd[1]}.close()
+		return pipe{}, errDescriptors
 	}
 	_, _ = unix.FcntlInt(uintptr(fd[0]), unix.F_SETPIPE_SZ, pipeSize) // a smaller one serves too
 	return pipe{fd[0], fd[1]}, nil

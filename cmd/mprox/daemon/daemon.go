@@ -158,7 +158,8 @@ func (d *Daemon) start(ctx context.Context) error {
 	}
 	mask := uint32(d.cfg.Kernel.MarkMask)
 	d.net = dialers.NewNet(dialers.NetConfig{
-		Mark: policy.BypassMark(mask), MarkMask: mask, Nameservers: snap.Nameservers, Log: d.log,
+		MaxFD: maxFD(),
+		Mark:  policy.BypassMark(mask), MarkMask: mask, Nameservers: snap.Nameservers, Log: d.log,
 	})
 	d.docker = slices.Contains(snap.Nameservers, netip.MustParseAddrPort(dockerResolver))
 	if d.ups, err = buildUpstreams(d.cfg, d.net, nil); err != nil {

@@ -4,6 +4,7 @@ package daemon
 
 import (
 	"context"
+	"math"
 	"os"
 	"runtime"
 	"runtime/debug"
@@ -120,4 +121,16 @@ func programMaps(maps, exe string) []mapping {
 		}
 	}
 	return out
+}
+
+// spareFiles is the part of the limit of open files, 1/spareFiles, that flows leave to the control socket and to whatever else opens files.
+const spareFiles = 32
+
+// maxFD is the first descriptor that no flow may have; 0 = all may be used.
+func maxFD() int {
+	var files unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &files); err != nil {
+		return 0
+	}
+	return int(min(files.Cur, math.MaxInt32) / spareFiles * (spareFiles - 1))
 }
