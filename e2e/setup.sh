@@ -7,7 +7,7 @@
 set -euo pipefail
 
 packages=(
-  apache2 ca-certificates chromium connect-proxy curl dante-server dnsutils docker.io docker-compose iperf3 iproute2 iptables iputils-ping knot-dnsutils lftp microsocks ncat
+  apache2 ca-certificates chromium connect-proxy conntrack curl dante-server dnsutils docker.io docker-compose iperf3 iproute2 iptables iputils-ping knot-dnsutils lftp microsocks ncat
   netcat-openbsd nftables nghttp2-proxy openssh-client openssh-server openssl privoxy procps proxychains4 podman python3 python3-socks runc shadowsocks-libev socat
   squid-openssl stunnel4 tcpdump tinyproxy unbound util-linux vsftpd
 )

@@ -41,6 +41,8 @@ type nftConn struct {
 
 	generation uint32            // of the rule set, when prints were read; 0 = never
 	prints     map[string]string // fingerprints by table; bounded by the tables of ours
+
+	track *netlink.Conn // of ForgetConnection
 }
 
 func newNFTConn(netns int) (*nftConn, error) {
@@ -71,10 +73,16 @@ func newNFTConn(netns int) (*nftConn, error) {
 		closeQuietly(batch)
 		return nil, err
 	}
-	return &nftConn{batch: batch, dump: dump, owned: make(map[string]bool)}, nil
+	track, err := open()
+	if err != nil {
+		closeQuietly(batch)
+		closeQuietly(dump)
+		return nil, err
+	}
+	return &nftConn{batch: batch, dump: dump, track: track, owned: make(map[string]bool)}, nil
 }
 
-func (n *nftConn) Close() error { return errors.Join(n.batch.Close(), n.dump.Close()) }
+func (n *nftConn) Close() error { return errors.Join(n.batch.Close(), n.dump.Close(), n.track.Close()) }
 
 // apply replaces and removes tables in one transaction.
 func (n *nftConn) apply(replace []NFTable, remove []string) error {

@@ -27,8 +27,12 @@ var (
 
 var errNoOffload = errors.New("offload: not for this context")
 
-// answerAgain is the time between two answers to stray packets of one flow.
-const answerAgain = 100 * time.Millisecond
+const (
+	// answerAgain is the time between two answers to stray packets of one flow.
+	answerAgain = 100 * time.Millisecond
+	// strayGap is longer than a kernel's longest pause between two retransmissions (TCP_RTO_MAX): what comes later is another story.
+	strayGap = 2 * time.Minute
+)
 
 // adoptions are the flows of a Stack that are in the kernel.
 type adoptions struct {
@@ -46,6 +50,8 @@ type adopted struct {
 	seq    uint32 // of its SYN
 	answer []byte // the SYN-ACK
 	last   time.Time
+	strays int  // answers in a row, none more than strayGap after the last
+	again  bool // the next stray packet is answered at once
 }
 
 // Adopt implements flow.Adopter.
@@ -122,25 +128,37 @@ func (a *adoptions) drop(c *adopted) bool {
 }
 
 // stray deals with a packet that came through the TUN although its flow is in the kernel: a SYN that was sent again before the answer arrived;
-// or the kernel has lost sight of the flow (conntrack or nftables were flushed). The answer, sent again, helps in both cases: it tells an
-// application that waits, and makes the guard recognize the flow, so that what the application sends again finds its way. It reports false if the
-// packet is none of an adopted flow's.
-func (a *adoptions) stray(id stack.TransportEndpointID, h header.TCP) ([]byte, bool) {
+// or the kernel has lost sight of the flow. The answer, sent again, helps in both cases: it tells an application that waits, and makes the guard
+// recognize the flow, so that what the application sends again finds its way. Where conntrack knows the flow, but has not seen some of it (nftables
+// were flushed: it takes what follows for invalid, and the guard cannot match it), an answer does not help, and it has to forget it first. It reports false if the packet is
+// none of an adopted flow's.
+func (a *adoptions) stray(id stack.TransportEndpointID, h header.TCP) (answer []byte, forget, ok bool) {
 	if a.engine == nil {
-		return nil, false
+		return nil, false, false
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	c := a.byID[id]
 	const mask = header.TCPFlagSyn | header.TCPFlagAck
-	if c == nil || h.Flags()&mask == header.TCPFlagSyn && h.SequenceNumber() != c.seq {
-		return nil, false // a new connection with the same ports
+	syn := h.Flags()&mask == header.TCPFlagSyn
+	if c == nil || syn && h.SequenceNumber() != c.seq {
+		return nil, false, false // a new connection with the same ports
 	}
-	if now := time.Now(); now.Sub(c.last) >= answerAgain {
-		c.last = now
-		return c.answer, true
+	now := time.Now()
+	switch gap := now.Sub(c.last); {
+	case c.again:
+	case gap < answerAgain:
+		return nil, false, true
+	case gap > strayGap:
+		c.strays = 0
 	}
-	return nil, true
+	c.last = now
+	c.strays++
+	// Forgotten, the flow cannot be recognized by an answer before the application's next packet has made conntrack aware of it: what it sends
+	// in return for this answer. That is answered at once.
+	forget = !syn && c.strays%2 == 0
+	c.again = forget
+	return c.answer, forget, true
 }
 
 // answer writes a packet of ours and says whether the kernel has taken it.

@@ -52,6 +52,8 @@ type Config struct {
 
 	// Offload adopts TCP flows into the kernel where flow asks for it; nil = none. It needs what policy.ContextSpec.Offload puts there.
 	Offload *offload.Config
+	// Forget makes conntrack forget a TCP connection from src to dst. nil = nothing does. Called from the goroutine that reads packets.
+	Forget func(src, dst netip.AddrPort)
 
 	MaxPendingTCP  int // unanswered connection requests, half of them from one source; 0 = 16384
 	MaxUDPSessions int // application sockets; 0 = 32768

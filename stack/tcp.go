@@ -88,7 +88,10 @@ func (t *tcpFront) handle(id stack.TransportEndpointID, pkt *stack.PacketBuffer)
 	if len(h) < header.TCPMinimumSize {
 		return false
 	}
-	if answer, ok := t.adopted.stray(id, h); ok {
+	if answer, forget, ok := t.adopted.stray(id, h); ok {
+		if forget && t.s.cfg.Forget != nil {
+			t.s.cfg.Forget(netip.AddrPortFrom(addrOf(id.RemoteAddress), id.RemotePort), netip.AddrPortFrom(addrOf(id.LocalAddress), id.LocalPort))
+		}
 		if answer != nil {
 			_ = t.s.link.answer(answer)
 		}

@@ -43,6 +43,7 @@ type liveContext struct {
 	// accelMark is that of adopted flows. What the kernel needs for them is there from the start, whatever the configuration says of offload: a
 	// rule may ask for it after a reload, and flows that were adopted before one live on.
 	accelMark uint32
+	forget    func(src, dst netip.AddrPort) error
 	log       *zap.Logger
 	net       *dialers.Net
 	table     *flow.Table
@@ -78,14 +79,15 @@ type contextEnv struct {
 	ids      *atomic.Uint64
 	recorder flow.Recorder
 	stateDir string
-	docker   bool // the machine's resolver is Docker's: it knows the names of containers
+	forget   func(src, dst netip.AddrPort) error // makes conntrack forget a connection
+	docker   bool                                // the machine's resolver is Docker's: it knows the names of containers
 	log      *zap.Logger
 }
 
 // newContext builds a context. It opens nothing.
 func newContext(cfg *config.Config, name string, slot int, ups *upstreams, env contextEnv) (*liveContext, error) {
 	c := &liveContext{name: name, slot: slot, cfg: cfg.Contexts[name], ups: ups, net: env.net}
-	c.accelMark = policy.AccelMark(uint32(cfg.Kernel.MarkMask))
+	c.accelMark, c.forget = policy.AccelMark(uint32(cfg.Kernel.MarkMask)), env.forget
 	c.log = env.log.With(zap.String("context", name))
 	// First without servers: an upstream that takes no names resolves a server's name through the module that is to ask it.
 	base := buildDNS(cfg, name, ups, plain, env)
@@ -152,6 +154,11 @@ func (c *liveContext) open(ctx context.Context) (err error) {
 	cfg := stack.Config{Device: dev, Handler: c.handler, Log: c.log}
 	if c.cfg.Mode != "gateway" { // flows of other hosts cannot end at a socket of this machine
 		cfg.Offload = &offload.Config{Mark: c.accelMark, TTL: policy.AccelTTL}
+		cfg.Forget = func(src, dst netip.AddrPort) {
+			if err := c.forget(src, dst); err != nil {
+				c.log.Debug("conntrack does not forget an adopted flow", zap.Error(err))
+			}
+		}
 	}
 	if c.stack, err = stack.New(cfg); err != nil {
 		return fmt.Errorf("context %s: netstack: %w", c.name, err)

@@ -250,7 +250,7 @@ func (d *Daemon) StopClosed() {
 }
 
 func (d *Daemon) contextEnv(stateDir string) contextEnv {
-	return contextEnv{net: d.net, owner: owner{d.owners, d.metrics}, ids: &d.ids, recorder: d.metrics, stateDir: stateDir, docker: d.docker, log: d.log}
+	return contextEnv{net: d.net, owner: owner{d.owners, d.metrics}, ids: &d.ids, recorder: d.metrics, stateDir: stateDir, forget: d.host.ForgetConnection, docker: d.docker, log: d.log}
 }
 
 // enabled lists the contexts that capture anything, in a fixed order: their position is their slot, and with it mark and table.

@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package e2e
+
+import (
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/mutex-proxy/mutex/e2e/lab"
+)
+
+// TestOffloadKilled kills the daemon at random instants: before the first flow, while flows are being adopted, while they move bytes. Not one of
+// their packets may leave the machine, neither then nor while the applications go on writing to what the daemon has left them, and cleanup leaves
+// nothing. The long version is MPROX_KILLS=200.
+func TestOffloadKilled(t *testing.T) {
+	t.Parallel()
+	l := lab.New(t, lab.Options{})
+	s := l.Microsocks(t, 1082)
+	m := l.Mprox(t)
+	m.WriteConfig(globalConfig(s, `"dns": { "mode": "off" },`))
+	before := l.Snapshot(t)
+	cp := l.Capture(t)
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	rnd := rand.New(rand.NewPCG(seed, 0))
+	var adopted, early int
+	kills := times(t, "MPROX_KILLS", 12)
+	for i := range kills {
+		m.Up("-c", m.ConfigPath())
+		cp.Reset()
+		var clients sync.WaitGroup
+		var moved atomic.Int64
+		stop := make(chan struct{})
+		for k := range 8 {
+			a := []netip.Addr{lab.OriginV4, lab.OriginV6}[k%2]
+			clients.Go(func() { writeOn(l, a, &moved, stop) })
+		}
+		after := time.Duration(rnd.Int64N(int64(100 * time.Millisecond)))
+		lab.Poll(after, m.Exited)
+		if moved.Load() == 0 {
+			early++
+		} else {
+			adopted++
+		}
+		m.Kill()
+		lab.Never(t, 200*time.Millisecond, "a packet past the guard", func() bool { return len(upstreamOnly(s).Leaks(cp.Packets())) > 0 })
+		close(stop)
+		clients.Wait()
+		upstreamOnly(s).Check(t, cp.Packets())
+		if r := m.CLI("cleanup"); r.Code != 0 {
+			t.Fatalf("kill %d after %v: cleanup: %v", i, after, r)
+		}
+		var diff string
+		if !lab.Poll(2*time.Second, func() bool { diff = before.Diff(l.Snapshot(t)); return diff == "" }) {
+			t.Fatalf("kill %d after %v: cleanup left:\n%s", i, after, diff)
+		}
+	}
+	t.Logf("%d kills before the first byte, %d after", early, adopted)
+	if adopted == 0 {
+		t.Error("no flow has moved a byte: nothing was tested")
+	}
+}
+
+// writeOn opens connections and writes to them until stop is closed, also when the daemon has died.
+func writeOn(l *lab.Lab, a netip.Addr, moved *atomic.Int64, stop <-chan struct{}) {
+	for {
+		select {
+		case <-stop:
+			return
+		default:
+		}
+		c, err := l.Client.Dial("tcp", netip.AddrPortFrom(a, lab.PortEcho).String(), time.Second)
+		if err != nil {
+			continue
+		}
+		for range 10 {
+			if _, err := c.Write(lab.Block(1000)); err != nil {
+				break
+			}
+			_ = c.SetReadDeadline(time.Now().Add(200 * time.Millisecond))
+			n, _ := c.Read(make([]byte, 1000))
+			moved.Add(int64(n))
+		}
+		c.Close()
+	}
+}
+
+// TestOffloadStateLost takes from adopted flows what the kernel knows of them (connection tracking, the ip rules, their table, the nftables), while
+// they move bytes and while they are idle. None of their packets leaves; the flows go on when the daemon has restored what was lost.
+func TestOffloadStateLost(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		lose   func(t *testing.T, w *wire, before lab.Snapshot)
+		stream func(t *testing.T, from, to net.Conn, begun func())
+	}{
+		{"conntrack -F", func(t *testing.T, w *wire, _ lab.Snapshot) { t.Helper(); w.Client.Run(t, "conntrack", "-F") }, stream},
+		{"nft flush ruleset", func(t *testing.T, w *wire, _ lab.Snapshot) { t.Helper(); w.Client.Run(t, "nft", "flush", "ruleset") }, streamOrReset},
+		// Without the rules of the bypass mark too, netstack would get, and reset, what the daemon sends to the upstream.
+		{"ip rule del", func(t *testing.T, w *wire, _ lab.Snapshot) {
+			t.Helper()
+			for fam, key := range map[string]string{"-4": "rule4", "-6": "rule6"} {
+				for _, line := range w.Snapshot(t)[key] {
+					if pref, rest, _ := strings.Cut(line, ":"); strings.Contains(rest, "fwmark 0x4f000000") {
+						w.Client.Run(t, "ip", fam, "rule", "del", "pref", pref)
+					}
+				}
+			}
+		}, stream},
+		{"ip route flush", func(t *testing.T, w *wire, before lab.Snapshot) { t.Helper(); removeRoutes(t, w.Lab, before) }, stream},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			w := newWire(t, "auto", lab.Options{})
+			w.m.Stop()
+			before := w.Snapshot(t)
+			w.m.Up("-c", w.m.ConfigPath())
+			cp := w.Capture(t)
+			defer func() { upstreamOnly(w.s).Check(t, cp.Packets()) }()
+			var pairs [][2]net.Conn
+			for _, a := range ways() {
+				for range 4 {
+					app, far := w.open(t, a)
+					w.check(t, app, far)
+					pairs = append(pairs, [2]net.Conn{app, far})
+				}
+			}
+			whole := w.Snapshot(t)
+			for round := range 2 {
+				if round == 1 && c.name == "nft flush ruleset" {
+					return // there may be no flows any more
+				}
+				var wg sync.WaitGroup
+				begun := make(chan struct{})
+				for i, p := range pairs {
+					from, to := p[i%2], p[1-i%2] // half of the origin's, half of the application's
+					if round%2 == 0 {            // busy: a stream is under way
+						wg.Go(func() { c.stream(t, from, to, func() { begun <- struct{}{} }) })
+					}
+				}
+				if round%2 == 0 {
+					for range pairs {
+						<-begun
+					}
+				}
+				c.lose(t, w, before)
+				if round%2 == 1 { // idle: the first word afterwards
+					for i, p := range pairs {
+						from, to := p[i%2], p[1-i%2]
+						wg.Go(func() { c.stream(t, from, to, func() {}) })
+					}
+				}
+				wg.Wait()
+				if diff := ""; !lab.Poll(lab.Patience, func() bool { diff = whole.Diff(w.Snapshot(t)); return diff == "" }) {
+					t.Errorf("not restored:\n%s", diff)
+				}
+			}
+			for _, p := range pairs {
+				w.check(t, p[0], p[1])
+			}
+		})
+	}
+}
+
+// streamOrReset is stream where the flow may be reset: only an application that waits without end is an error.
+func streamOrReset(t *testing.T, from, to net.Conn, begun func()) {
+	t.Helper()
+	const n = 8 << 20
+	deadline := time.Now().Add(20 * time.Second)
+	_, _ = from.SetWriteDeadline(deadline), to.SetReadDeadline(deadline)
+	sent := make(chan error, 1)
+	go func() {
+		_, err := io.Copy(from, lab.DataReader(n))
+		sent <- err
+	}()
+	_, first := io.ReadFull(to, make([]byte, 1))
+	begun()
+	_, err := io.CopyN(io.Discard, to, n-1)
+	_ = from.SetWriteDeadline(time.Now())
+	<-sent
+	byOrigin := strings.HasSuffix(from.LocalAddr().String(), fmt.Sprint(":", portTest))
+	if byOrigin && (isTimeout(first) || isTimeout(err)) {
+		t.Errorf("%v waits for the origin: %v, %v", to.LocalAddr(), first, err)
+	}
+}
+
+// stream sends a few MB and calls begun when the first have arrived.
+func stream(t *testing.T, from, to net.Conn, begun func()) {
+	t.Helper()
+	const n = 8 << 20
+	begin := time.Now()
+	deadline := begin.Add(20 * time.Second)
+	_, _ = from.SetWriteDeadline(deadline), to.SetReadDeadline(deadline)
+	sent := make(chan error, 1)
+	go func() {
+		_, err := io.Copy(from, lab.DataReader(n))
+		sent <- err
+	}()
+	var first [1]byte
+	_, err := io.ReadFull(to, first[:])
+	begun()
+	if err == nil {
+		_, err = io.CopyN(io.Discard, to, n-1)
+	}
+	if err != nil {
+		t.Errorf("%v to %v after %v: read: %v", from.LocalAddr(), to.LocalAddr(), time.Since(begin), err)
+		_ = from.SetWriteDeadline(time.Now())
+	}
+	if err := <-sent; err != nil {
+		t.Errorf("%v to %v: write: %v", from.LocalAddr(), to.LocalAddr(), err)
+	}
+}
