@@ -147,6 +147,9 @@ func FuzzParseURL(f *testing.F) {
 			t.Errorf("%q: %s", raw, s)
 		}
 		again, err := ParseURL(s.String())
+		if err != nil && len(s.String()) > maxURL { // bytes that are no text are printed three times as long
+			return
+		}
 		if err != nil {
 			t.Fatalf("%q printed as %q, which is no URL: %v", raw, s, err)
 		}
