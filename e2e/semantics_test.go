@@ -169,10 +169,11 @@ func slowReaders(t *testing.T, w *wire, a netip.Addr) {
 	app, far := w.open(t, a)
 	w.check(t, app, far)
 	rss := w.m.RSS()
+	bound := 3 * (mostBuffered(t, "tcp_rmem") + mostBuffered(t, "tcp_wmem")) // of the proxy, the daemon, and who does not read
 	for _, d := range [][2]*net.TCPConn{{app, far}, {far, app}} {
 		_ = d[0].SetWriteDeadline(time.Now().Add(time.Second))
 		sent, err := io.Copy(d[0], lab.DataReader(1<<30))
-		if !isTimeout(err) || sent > 64<<20 {
+		if !isTimeout(err) || sent > bound {
 			t.Errorf("%d bytes were taken, %v", sent, err)
 		}
 		if grown := w.m.RSS() - rss; grown > 16<<20 {
@@ -184,6 +185,19 @@ func slowReaders(t *testing.T, w *wire, a netip.Addr) {
 		_ = d[0].SetWriteDeadline(time.Now().Add(30 * time.Second))
 	}
 	w.check(t, app, far)
+}
+
+// mostBuffered is how many bytes the kernel keeps at most in one direction of a TCP socket; new namespaces have what the machine has.
+func mostBuffered(t *testing.T, which string) (most int64) {
+	t.Helper()
+	b, err := os.ReadFile("/proc/sys/net/ipv4/" + which)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := fmt.Sscan(string(b), new(int64), new(int64), &most); err != nil {
+		t.Fatal(err)
+	}
+	return most
 }
 
 // noDelay: of two small writes the second does not wait for the acknowledgement of the first, which a kernel may delay for 40 ms.
@@ -459,72 +473,4 @@ func connOf(t *testing.T, fd int) net.Conn {
 	}
 	t.Cleanup(func() { c.Close() })
 	return c
-}
-
-// TestLongDial holds the destination's answer back until the application's kernel has repeated its SYN: there is one connection in the end, and
-// it works.
-func TestLongDial(t *testing.T) {
-	for _, offload := range []string{"auto", "off"} {
-		t.Run("offload "+offload, func(t *testing.T) {
-			t.Parallel()
-			w := newWire(t, offload, lab.Options{})
-			w.OriginNS.Run(t, "nft", "table inet hold { chain in { type filter hook input priority 0; tcp dport 9100 drop; }; }")
-			type result struct {
-				c   net.Conn
-				err error
-			}
-			got := make(chan result, 1)
-			go func() {
-				c, err := w.Client.Dial("tcp", netip.AddrPortFrom(lab.OriginV4, portTest).String(), 20*time.Second)
-				got <- result{c, err}
-			}()
-			lab.Eventually(t, 10*time.Second, "the second SYN", func() bool {
-				out, err := w.Client.Output(t.Context(), "ss", "-Htno", "state", "syn-sent", "dport", "=", ":9100")
-				return err == nil && strings.Contains(out, ",2)")
-			})
-			w.OriginNS.Run(t, "nft", "delete table inet hold")
-			r := <-got
-			if r.err != nil {
-				t.Fatal(r.err)
-			}
-			defer r.c.Close()
-			w.check(t, r.c, w.far(t, r.c))
-			if n := len(w.accepted); n != 0 {
-				t.Errorf("%d more connections", n)
-			}
-			// A destination that never answers: the dial time-out.
-			if err := w.Client.Sysctl(map[string]string{"net/ipv4/tcp_syn_retries": "6"}); err != nil {
-				t.Fatal(err)
-			}
-			if _, err := w.Client.Dial("tcp", netip.AddrPortFrom(lab.BlackholeV4, 80).String(), 25*time.Second); !isErrno(err, syscall.EHOSTUNREACH) {
-				t.Errorf("no answer: %v", err)
-			}
-		})
-	}
-}
-
-// TestSlowLink moves data over links with delay and loss: the windows grow, nothing is damaged.
-func TestSlowLink(t *testing.T) {
-	for _, o := range []lab.Options{{RTT: 50 * time.Millisecond, Loss: 0.01}, {RTT: 200 * time.Millisecond, Loss: 0.01}, {RTT: 200 * time.Millisecond}} {
-		for _, offload := range []string{"auto", "off"} {
-			t.Run(fmt.Sprintf("%v, %v%%, offload %s", o.RTT, o.Loss*100, offload), func(t *testing.T) {
-				t.Parallel()
-				w := newWire(t, offload, o)
-				n := int64(300_000)
-				if o.Loss == 0 {
-					n = 20_000_000 // windows of 64 KiB, unscaled, would take a minute
-				}
-				within(t, time.Minute, "the exchange", func() {
-					for _, a := range ways() {
-						c := dialOrigin(t, w.Lab, a, lab.PortSum)
-						if err := lab.Exchange(c, n); err != nil {
-							t.Error(err)
-						}
-					}
-				})
-				app, far := w.open(t, lab.OriginV4)
-				w.check(t, app, far)
-			})
-		}
-	}
 }
