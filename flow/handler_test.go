@@ -343,14 +343,14 @@ func TestNoDescriptorsEndsIdleFlow(t *testing.T) {
 		<-time.After(time.Second)
 		startTCP(t, r, webAddr)
 		synctest.Wait()
-		tries := 0
+		var tries atomic.Int32
 		y := &tcpRig{rig: r}
 		_, appIn := memPipe()
 		upOut, upIn := memPipe()
 		defer upOut.Close()
 		y.p = &pending{accept: func() (Conn, error) { return appIn, nil }}
 		r.SetDecider(always(Forward, &dialer{name: "up", dial: func(context.Context, Addr) (Conn, error) {
-			if tries++; tries == 1 {
+			if tries.Add(1) == 1 {
 				return nil, fmt.Errorf("%w: %w", ErrUpstream, os.NewSyscallError("socket", unix.EMFILE))
 			}
 			return upIn, nil
@@ -358,8 +358,8 @@ func TestNoDescriptorsEndsIdleFlow(t *testing.T) {
 		go r.TCP(t.Context(), appAddr, webAddr, y.p)
 		<-old.done
 		<-time.After(time.Second)
-		if tries != 2 || !y.p.accepted.Load() {
-			t.Errorf("%d tries, accepted: %v", tries, y.p.accepted.Load())
+		if tries.Load() != 2 || !y.p.accepted.Load() {
+			t.Errorf("%d tries, accepted: %v", tries.Load(), y.p.accepted.Load())
 		}
 		if line := r.line(t); line["result"] != ResultEvicted || line["error"] != ErrShort.Error() {
 			t.Error(line)

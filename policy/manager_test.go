@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -200,7 +201,8 @@ func TestKillAnywhere(t *testing.T) {
 			t.Run(fmt.Sprintf("%03d %s", i, then), func(t *testing.T) {
 				b := newBench(t)
 				was := b.host.world()
-				killed := &killedHost{fakeHost: b.host, left: i}
+				killed := &killedHost{fakeHost: b.host}
+				killed.left.Store(int32(i))
 				b.m = NewManager(Config{Host: killed, LockDir: b.dir})
 				if err := b.m.Prepare(t.Context(), b.spec); err == nil {
 					_ = b.m.Apply(t.Context(), b.spec)
@@ -231,13 +233,13 @@ func TestKillAnywhere(t *testing.T) {
 // killedHost does nothing any more after some changes: its process is dead.
 type killedHost struct {
 	*fakeHost
-	left int
+	left atomic.Int32 // the daemon's own move goes on beside the rest
 }
 
 var errKilled = errors.New("killed")
 
 func (h *killedHost) do(f func() error) error {
-	if h.left--; h.left < 0 {
+	if h.left.Add(-1) < 0 {
 		return errKilled
 	}
 	return f()
