@@ -4,7 +4,6 @@ package dialers
 
 import (
 	"errors"
-	"net/url"
 	"strings"
 	"testing"
 
@@ -144,8 +143,10 @@ func FuzzParseURL(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if strings.Contains(s.String(), s.Password.Reveal()) && len(s.Password.Reveal()) > 8 && !strings.Contains(url.User(s.Username).String()+s.Host, s.Password.Reveal()) {
-			t.Errorf("%q: %s", raw, s)
+		other := s
+		other.Password = NewSecret("another")
+		if s.String() != other.String() {
+			t.Errorf("%q: what is printed depends on the password: %s", raw, s)
 		}
 		again, err := ParseURL(s.String())
 		if err != nil && len(s.String()) > maxURL { // bytes that are no text are printed three times as long
