@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"os"
 	"slices"
@@ -14,6 +13,7 @@ import (
 	"sync/atomic"
 
 	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/mutex-proxy/mutex/config"
@@ -29,9 +29,6 @@ import (
 
 // defaultContext is the context that commands mean when none is named.
 const defaultContext = "default"
-
-// listenTries is how often a port is looked for that is free for both UDP and TCP. One try nearly always suffices.
-const listenTries = 16
 
 // liveContext is one context at work: device, netstack, rules, DNS.
 //
@@ -65,11 +62,8 @@ type liveContext struct {
 	device  *tun.Device
 	gone    bool // the device is about to go: the kernel is told first, or it would be seen as a fault and repaired
 	stack   *stack.Stack
-	packets []net.PacketConn
-	streams []net.Listener
-	ports   [2]uint16 // our DNS listeners on 127.0.0.1 and ::1; 0 = none
+	dns     listeners
 	cgroups []policy.CgroupRef
-	serving sync.WaitGroup
 }
 
 // contextEnv is what contexts share.
@@ -148,7 +142,7 @@ func (c *liveContext) open(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := c.listen(ctx); err != nil {
+	if err := c.dns.open(ctx, c.net, c.names, c.log, zapcore.WarnLevel); err != nil {
 		return fmt.Errorf("context %s: dns listener: %w", c.name, err)
 	}
 	cfg := stack.Config{Device: dev, Handler: c.handler, Log: c.log}
@@ -193,46 +187,6 @@ func (c *liveContext) deviceName() string {
 	return name
 }
 
-// listen opens the sockets that port 53 of the loopback addresses is redirected to. Without IPv6 there is none for ::1.
-func (c *liveContext) listen(ctx context.Context) error {
-	for i, addr := range []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1}), netip.IPv6Loopback()} {
-		l, pc, err := listenBoth(ctx, c.net, addr)
-		if err != nil {
-			if i == 1 {
-				c.log.Warn("no DNS listener on ::1: queries to it are dropped", zap.Error(err))
-				return nil
-			}
-			return err
-		}
-		c.streams, c.packets = append(c.streams, l), append(c.packets, pc)
-		c.ports[i] = uint16(l.Addr().(*net.TCPAddr).Port)
-		c.serving.Go(func() { c.served(c.names.ServeStream(l)) })
-		c.serving.Go(func() { c.served(c.names.ServePacket(pc)) })
-	}
-	return nil
-}
-
-func (c *liveContext) served(err error) {
-	if err != nil && !errors.Is(err, net.ErrClosed) {
-		c.log.Error("dns listener ended", zap.Error(err))
-	}
-}
-
-// listenBoth returns a TCP listener and a UDP socket with the same port.
-func listenBoth(ctx context.Context, n *dialers.Net, addr netip.Addr) (l *net.TCPListener, pc *net.UDPConn, err error) {
-	for range listenTries {
-		if l, err = n.ListenTCP(ctx, netip.AddrPortFrom(addr, 0)); err != nil {
-			return nil, nil, err
-		}
-		port := uint16(l.Addr().(*net.TCPAddr).Port)
-		if pc, err = n.ListenUDP(ctx, netip.AddrPortFrom(addr, port)); err == nil {
-			return l, pc, nil
-		}
-		_ = l.Close()
-	}
-	return nil, nil, err
-}
-
 // spec is what the context wants from the kernel.
 func (c *liveContext) spec() policy.ContextSpec {
 	c.mu.Lock()
@@ -240,7 +194,7 @@ func (c *liveContext) spec() policy.ContextSpec {
 	s := policy.ContextSpec{
 		Name: c.name, Mode: policyMode(c.cfg.Mode), Slot: c.slot, MTU: c.cfg.TUN.MTU,
 		Direct: bypassPrefixes(c.cfg.Bypass), Fake: fakePrefixes(c.cfg.DNS.Fake),
-		DNSPort4: c.ports[0], DNSPort6: c.ports[1], DNSOff: c.cfg.DNS.Mode == "off",
+		DNSPort4: c.dns.ports[0], DNSPort6: c.dns.ports[1], DNSOff: c.cfg.DNS.Mode == "off",
 		Cgroups: slices.Clone(c.cgroups), Select: c.who.chosen, Exclude: c.who.excluded, Offload: true, OnStop: onStop(c.cfg.OnStop), OnCrash: onEnd(c.cfg.OnCrash),
 		Strict:     c.cfg.Strict,
 		InputPorts: ports(c.cfg.InputPorts),
@@ -358,19 +312,14 @@ func (c *liveContext) close() {
 	if c.stack != nil {
 		_ = c.stack.Close()
 	}
-	for _, pc := range c.packets {
-		_ = pc.Close()
-	}
-	for _, l := range c.streams {
-		l.Close()
-	}
+	c.dns.close()
 	if err := c.names.Close(); err != nil {
 		c.log.Error("dns: close", zap.Error(err))
 	}
-	c.serving.Wait()
+	c.dns.serving.Wait()
 	c.mu.Lock()
 	dev := c.device
-	c.device, c.ports = nil, [2]uint16{}
+	c.device, c.dns.ports = nil, [2]uint16{}
 	c.mu.Unlock()
 	if dev != nil {
 		_ = dev.Close()

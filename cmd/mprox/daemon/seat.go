@@ -6,12 +6,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
-	"net/netip"
 	"slices"
-	"sync"
 
 	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
 
 	"github.com/mutex-proxy/mutex/dialers"
 	"github.com/mutex-proxy/mutex/dns"
@@ -35,10 +33,7 @@ type seat struct {
 	near    *dns.Server // asks Docker's resolver in the container; nil = there is none
 	device  *tun.Device
 	stack   *stack.Stack
-	packets []net.PacketConn
-	streams []net.Listener
-	ports   [2]uint16
-	serving sync.WaitGroup
+	dns     listeners
 }
 
 // open goes from the outside in, as the start of the daemon does: everything is closed before anything is opened.
@@ -104,27 +99,13 @@ func (s *seat) listen(ctx context.Context) error {
 		}
 	}
 	names := dns.Near{Names: s.near, Rest: s.c.names}
-	for i, addr := range []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1}), netip.IPv6Loopback()} {
-		l, pc, err := listenBoth(ctx, inside, addr)
-		if err != nil {
-			if i == 1 {
-				s.log.Debug("no DNS listener on ::1: queries to it are dropped", zap.Error(err))
-				return nil
-			}
-			return err
-		}
-		s.streams, s.packets = append(s.streams, l), append(s.packets, pc)
-		s.ports[i] = uint16(l.Addr().(*net.TCPAddr).Port)
-		s.serving.Go(func() { s.c.served(names.ServeStream(l)) })
-		s.serving.Go(func() { s.c.served(names.ServePacket(pc)) })
-	}
-	return nil
+	return s.dns.open(ctx, inside, names, s.log, zapcore.DebugLevel)
 }
 
 // spec is that of a global context in a namespace of its own. Processes that the context selects or excludes are not in it.
 func (s *seat) spec() policy.Spec {
 	c := s.c.spec()
-	c.Mode, c.TUN, c.DNSPort4, c.DNSPort6 = policy.ModeGlobal, "", s.ports[0], s.ports[1]
+	c.Mode, c.TUN, c.DNSPort4, c.DNSPort6 = policy.ModeGlobal, "", s.dns.ports[0], s.dns.ports[1]
 	c.Cgroups, c.Select, c.Exclude, c.Offload, c.Strict = nil, nil, nil, false, false
 	if s.device != nil {
 		c.TUN = s.device.Name()
@@ -157,13 +138,8 @@ func (s *seat) close(mode policy.StopMode) error {
 	if s.stack != nil {
 		errs = append(errs, s.stack.Close())
 	}
-	for _, pc := range s.packets {
-		_ = pc.Close()
-	}
-	for _, l := range s.streams {
-		_ = l.Close()
-	}
-	s.serving.Wait()
+	s.dns.close()
+	s.dns.serving.Wait()
 	if s.near != nil {
 		errs = append(errs, s.near.Close())
 	}
