@@ -14,6 +14,17 @@ type Stats struct {
 	Select       SelectState
 }
 
+// Add counts what another namespace's Manager has counted: its guard's drops and its repairs.
+func (s *Stats) Add(other Stats) {
+	s.GuardDropped += other.GuardDropped
+	if s.Restored == nil {
+		s.Restored = make(map[string]uint64)
+	}
+	for object, n := range other.Restored {
+		s.Restored[object] += n
+	}
+}
+
 // keepDroppedLocked saves the guard's counter: a replaced table starts from zero.
 func (m *Manager) keepDroppedLocked() {
 	m.dropped += m.droppedLocked()

@@ -160,22 +160,16 @@ func (d *Daemon) Counters() control.Counters {
 // kernelStats are those of the daemon's own namespace and of all containers, those that have gone included.
 func (d *Daemon) kernelStats() policy.Stats {
 	k := d.manager.Stats()
-	add := func(s policy.Stats) {
-		k.GuardDropped += s.GuardDropped
-		for object, n := range s.Restored {
-			k.Restored[object] += n
-		}
-	}
 	for _, c := range d.live() {
 		c.mu.Lock()
 		for _, s := range c.seats {
-			add(s.manager.Stats())
+			k.Add(s.manager.Stats())
 		}
 		c.mu.Unlock()
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	add(d.past)
+	k.Add(d.past)
 	return k
 }
 
@@ -183,13 +177,7 @@ func (d *Daemon) kernelStats() policy.Stats {
 func (d *Daemon) remember(s policy.Stats) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.past.GuardDropped += s.GuardDropped
-	if d.past.Restored == nil {
-		d.past.Restored = map[string]uint64{}
-	}
-	for object, n := range s.Restored {
-		d.past.Restored[object] += n
-	}
+	d.past.Add(s)
 }
 
 func (c *liveContext) defaultUpstream() string {
