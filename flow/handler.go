@@ -184,14 +184,15 @@ func (h *Handler) forward(ctx context.Context, f *Flow, e *entry, d Decision, p 
 	}
 	h.table.cfg.Recorder.Connected(via.Name(), connect)
 
-	app, err := h.accept(e, d.Offload, p, up, isFTP(f, d, up))
+	watched := isFTP(f, d, up)
+	app, err := h.accept(e, d.Offload, p, up, watched)
 	if err != nil { // the application has gone; the upstream learns it the same way
 		up.Abort()
 		e.outcome(ResultFailed, because(ctx, fmt.Errorf("accept: %w", err)))
 		return
 	}
 	e.established(connect)
-	if isFTP(f, d, up) {
+	if watched {
 		var done func()
 		app, up, done = h.watchFTP(ctx, f, d, app, up)
 		defer done()
