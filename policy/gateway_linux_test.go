@@ -96,14 +96,7 @@ func TestGateway(t *testing.T) {
 		{Interfaces: []string{"g1"}},
 		{Interfaces: []string{"g2"}, Sources: []netip.Prefix{netip.MustParsePrefix("192.168.60.2/32"), netip.MustParsePrefix("fd60::2/128")}},
 	}
-	if err := l.m.Prepare(t.Context(), spec); err != nil {
-		t.Fatal(err)
-	}
-	l.openTUN("mprox0")
-	spec.Contexts[0].TUN = "mprox0"
-	if err := l.m.Apply(t.Context(), spec); err != nil {
-		t.Fatal(err)
-	}
+	l.enforce(&spec)
 	if got := forwarding(); got != "1\n1\n" {
 		t.Errorf("forwarding is %q", got)
 	}

@@ -197,6 +197,19 @@ func (l *lab) spec(mode Mode) Spec {
 	return s.withDefaults()
 }
 
+// enforce makes the kernel as spec says, in the order of the daemon: closed first, then with the device, which it puts into spec.
+func (l *lab) enforce(spec *Spec) {
+	l.t.Helper()
+	if err := l.m.Prepare(l.t.Context(), *spec); err != nil {
+		l.t.Fatal(err)
+	}
+	l.openTUN("mprox0")
+	spec.Contexts[0].TUN = "mprox0"
+	if err := l.m.Apply(l.t.Context(), *spec); err != nil {
+		l.t.Fatal(err)
+	}
+}
+
 // up goes all the way for a global context.
 func (l *lab) up(change ...func(*ContextSpec)) (before string, spec Spec) {
 	l.t.Helper()
@@ -205,14 +218,7 @@ func (l *lab) up(change ...func(*ContextSpec)) (before string, spec Spec) {
 	for _, f := range change {
 		f(&spec.Contexts[0])
 	}
-	if err := l.m.Prepare(l.t.Context(), spec); err != nil {
-		l.t.Fatal(err)
-	}
-	l.openTUN("mprox0")
-	spec.Contexts[0].TUN = "mprox0"
-	if err := l.m.Apply(l.t.Context(), spec); err != nil {
-		l.t.Fatal(err)
-	}
+	l.enforce(&spec)
 	return before, spec
 }
 

@@ -65,14 +65,7 @@ func TestAdopt(t *testing.T) {
 	l.farSeen.reset()
 	l.start()
 	spec := l.spec(ModeGlobal)
-	if err := l.m.Prepare(t.Context(), spec); err != nil {
-		t.Fatal(err)
-	}
-	l.openTUN("mprox0")
-	spec.Contexts[0].TUN = "mprox0"
-	if err := l.m.Apply(t.Context(), spec); err != nil {
-		t.Fatal(err)
-	}
+	l.enforce(&spec)
 	l.tunSeen.await(t, "> 198.51.100.1:6000")
 	close(stop)
 	<-sending

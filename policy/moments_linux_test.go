@@ -192,14 +192,7 @@ func TestByUID(t *testing.T) {
 	l.start()
 	l.m.host = withoutCgroups{l.host}
 	spec := l.spec(ModeGlobal)
-	if err := l.m.Prepare(t.Context(), spec); err != nil {
-		t.Fatal(err)
-	}
-	l.openTUN("mprox0")
-	spec.Contexts[0].TUN = "mprox0"
-	if err := l.m.Apply(t.Context(), spec); err != nil {
-		t.Fatal(err)
-	}
+	l.enforce(&spec)
 	bypass := mark(BypassMark(DefaultMask))
 	l.mustPass([]way{{"udp4", "> 198.51.100.1:8001", udp(remote4, 8001, bypass)}, {"tcp6", "> 2001:db8:ff::1:8002", tcp(remote6, 8002, bypass)}})
 	l.mustCapture(captured())

@@ -95,14 +95,7 @@ func flowsLab(t *testing.T) (*lab, *Owners) {
 	l, o, _ := ownersLab(t)
 	spec := l.spec(ModeGlobal)
 	spec.Owners = true
-	if err := l.m.Prepare(t.Context(), spec); err != nil {
-		t.Fatal(err)
-	}
-	l.openTUN("mprox0")
-	spec.Contexts[0].TUN = "mprox0"
-	if err := l.m.Apply(t.Context(), spec); err != nil {
-		t.Fatal(err)
-	}
+	l.enforce(&spec)
 	return l, o
 }
 

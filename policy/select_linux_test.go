@@ -21,14 +21,7 @@ func (l *lab) selected(change func(*ContextSpec)) (before string, spec Spec) {
 	before = l.start()
 	spec = l.spec(ModeProcess)
 	change(&spec.Contexts[0])
-	if err := l.m.Prepare(l.t.Context(), spec); err != nil {
-		l.t.Fatal(err)
-	}
-	l.openTUN("mprox0")
-	spec.Contexts[0].TUN = "mprox0"
-	if err := l.m.Apply(l.t.Context(), spec); err != nil {
-		l.t.Fatal(err)
-	}
+	l.enforce(&spec)
 	return before, spec
 }
 
@@ -301,14 +294,7 @@ func selectProcess(t *testing.T, l *lab) {
 	h, other := l.spawn(fd), l.spawn(fd)
 	spec := l.spec(ModeProcess)
 	spec.Contexts[0].Select = []Selector{{PIDs: []int{h.cmd.Process.Pid}}}
-	if err := l.m.Prepare(t.Context(), spec); err != nil {
-		t.Fatal(err)
-	}
-	l.openTUN("mprox0")
-	spec.Contexts[0].TUN = "mprox0"
-	if err := l.m.Apply(t.Context(), spec); err != nil {
-		t.Fatal(err)
-	}
+	l.enforce(&spec)
 	l.mustBeCaptured(h)
 	l.mustBeFree(other)
 	l.die()

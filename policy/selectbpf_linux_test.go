@@ -131,14 +131,7 @@ func TestSelectTree(t *testing.T) {
 	root, other := l.spawn(out), l.spawn(out)
 	spec := l.spec(ModeProcess)
 	spec.Contexts[0].Select = []Selector{{PIDs: []int{root.cmd.Process.Pid}}}
-	if err := l.m.Prepare(t.Context(), spec); err != nil {
-		t.Fatal(err)
-	}
-	l.openTUN("mprox0")
-	spec.Contexts[0].TUN = "mprox0"
-	if err := l.m.Apply(t.Context(), spec); err != nil {
-		t.Fatal(err)
-	}
+	l.enforce(&spec)
 	root.wantMark(contextMark)
 	for range 3 {
 		root.must("orphan")
@@ -221,14 +214,7 @@ func TestSelectOldSocket(t *testing.T) {
 	h.must("open")
 	spec := l.spec(ModeProcess)
 	spec.Contexts[0].Select = []Selector{{UIDs: []uint32{4001}}}
-	if err := l.m.Prepare(t.Context(), spec); err != nil {
-		t.Fatal(err)
-	}
-	l.openTUN("mprox0")
-	spec.Contexts[0].TUN = "mprox0"
-	if err := l.m.Apply(t.Context(), spec); err != nil {
-		t.Fatal(err)
-	}
+	l.enforce(&spec)
 	if s := h.do("again %s 7001", remote4); !strings.Contains(s, "not permitted") {
 		t.Errorf("the first datagram: %s", s)
 	}
@@ -351,14 +337,7 @@ func TestSelectRace(t *testing.T) {
 		t.Fatal(err)
 	}
 	spec.Contexts[0].Select = []Selector{{Exes: []string{racer}}, {PIDs: []int{driver.Process.Pid}}}
-	if err := l.m.Prepare(t.Context(), spec); err != nil {
-		t.Fatal(err)
-	}
-	l.openTUN("mprox0")
-	spec.Contexts[0].TUN = "mprox0"
-	if err := l.m.Apply(t.Context(), spec); err != nil {
-		t.Fatal(err)
-	}
+	l.enforce(&spec)
 	if _, err := in.Write([]byte("go\n")); err != nil {
 		t.Fatal(err)
 	}
