@@ -58,7 +58,7 @@ soak: build ## the long versions of e2e tests (needs root): 10,000 connections t
 	CGO_ENABLED=1 go build -race -o dist/mprox-race ./cmd/mprox
 	ulimit -n $$(ulimit -Hn) && MPROX_SOAK=1 MPROX_BIN=$(CURDIR)/dist/mprox-race go test -count=1 -timeout 15m -v -run 'TestMixedLoad' ./e2e
 	ulimit -n $$(ulimit -Hn) && MPROX_SOAK=1 MPROX_SHORT=1000000 MPROX_IDLE=10000 MPROX_KILLS=200 MPROX_BIN=$(CURDIR)/mprox \
-	  go test -count=1 -timeout 90m -v -run 'TestChurn|TestStalledReader|TestShortConnections|TestIdleFlows|TestOffloadKilled' ./e2e
+	  go test -count=1 -timeout 90m -v -run 'TestChurn|TestStalledReader|TestShortConnections|TestIdleFlows|TestOffloadKilled|TestBurst$$' ./e2e
 
 fuzz: ## each fuzz target for FUZZTIME
 	bash .ci/fuzz $(FUZZTIME)
