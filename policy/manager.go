@@ -65,6 +65,8 @@ type Manager struct {
 	entering  <-chan error           // how the daemon's move into its cgroup ends; nil = it is not being moved
 	stopWatch context.CancelFunc
 	watching  sync.WaitGroup
+
+	events chan struct{} // one pending stands for all: the kernel is read afresh; nil = not prepared
 }
 
 // NewManager touches nothing.
@@ -127,10 +129,7 @@ func (m *Manager) Prepare(ctx context.Context, spec Spec) (err error) {
 	if err != nil {
 		return err
 	}
-	if err = m.observeLocked(ctx, spec); err == nil {
-		err = m.convergeLocked(ctx, spec, false)
-	}
-	if err != nil && !adopted { // what a crash has left closed stays closed
+	if err = m.closeLocked(ctx, spec); err != nil && !adopted { // what a crash has left closed stays closed
 		t := teardown{host: m.host, log: m.log, journal: m.journal}
 		if uerr := t.run(context.WithoutCancel(ctx)); uerr != nil {
 			err = errors.Join(err, uerr) // the journal stays, for cleanup
@@ -144,6 +143,17 @@ func (m *Manager) Prepare(ctx context.Context, spec Spec) (err error) {
 	m.prepared = true
 	m.watchLocked()
 	return nil
+}
+
+// closeLocked makes the kernel closed for the first time. The daemon's move, some 10 ms of waiting for the kernel, goes on beside the rest.
+func (m *Manager) closeLocked(ctx context.Context, spec Spec) error {
+	if err := m.daemonCgroupLocked(spec); err != nil {
+		return err
+	}
+	if err := m.observeLocked(ctx, spec); err != nil {
+		return errors.Join(err, m.enteredLocked())
+	}
+	return m.convergeLocked(ctx, spec, false)
 }
 
 // closedSpec is the spec before its devices are open.

@@ -8,6 +8,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -135,5 +137,51 @@ func TestSelectPID(t *testing.T) {
 	}
 	if diff := cmp.Diff(was, b.host.world()); diff != "" {
 		t.Errorf("not as it was:\n%s", diff)
+	}
+}
+
+// TestOwnersLater: programs that decide nothing do not hold up the start; those that do are there when it returns.
+func TestOwnersLater(t *testing.T) {
+	for _, k := range []struct {
+		name   string
+		change func(*Spec)
+		atOnce bool
+	}{
+		{"owners", func(*Spec) {}, false},
+		{"owners and who is left alone", func(s *Spec) { s.Contexts[0].Exclude = []Selector{{UIDs: []uint32{7}}} }, true},
+	} {
+		b := newBench(t)
+		b.spec.Owners = true
+		k.change(&b.spec)
+		synctest.Test(t, func(t *testing.T) {
+			if err := b.m.Prepare(t.Context(), b.spec); err != nil {
+				t.Fatal(err)
+			}
+			if err := b.m.Apply(t.Context(), b.spec); err != nil {
+				t.Fatal(err)
+			}
+			attached := func() bool {
+				b.host.mu.Lock()
+				defer b.host.mu.Unlock()
+				return len(b.host.bpf) > 0
+			}
+			if got := attached(); got != k.atOnce {
+				t.Errorf("%s: attached by Apply: %t", k.name, got)
+			}
+			time.Sleep(2 * settle) //nolint:forbidigo // virtual time
+			synctest.Wait()
+			if !attached() {
+				t.Errorf("%s: not attached", k.name)
+			}
+			if n := b.m.Stats().Restored["bpf"]; n > 0 {
+				t.Errorf("%s: counted as %d repairs", k.name, n)
+			}
+			if err := b.m.Close(t.Context(), StopOpen); err != nil {
+				t.Fatal(err)
+			}
+			if attached() {
+				t.Errorf("%s: left", k.name)
+			}
+		})
 	}
 }

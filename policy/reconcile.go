@@ -29,21 +29,23 @@ const (
 func (m *Manager) watchLocked() {
 	ctx, cancel := context.WithCancel(context.Background())
 	m.stopWatch = cancel
-	// One pending event stands for all: the kernel is read afresh.
-	events := make(chan struct{}, 1)
-	m.watching.Go(func() { m.listen(ctx, events) })
-	m.watching.Go(func() { m.reconcile(ctx, events) })
+	m.events = make(chan struct{}, 1)
+	m.watching.Go(func() { m.listen(ctx) })
+	m.watching.Go(func() { m.reconcile(ctx) })
+}
+
+// wake has the kernel looked at soon.
+func (m *Manager) wake() {
+	select {
+	case m.events <- struct{}{}:
+	default:
+	}
 }
 
 // listen turns netlink events into wake-ups, and opens the sockets again should they fail.
-func (m *Manager) listen(ctx context.Context, events chan<- struct{}) {
+func (m *Manager) listen(ctx context.Context) {
 	for ctx.Err() == nil {
-		err := m.host.Watch(ctx, func() {
-			select {
-			case events <- struct{}{}:
-			default:
-			}
-		})
+		err := m.host.Watch(ctx, m.wake)
 		if ctx.Err() != nil {
 			return
 		}
@@ -62,7 +64,7 @@ func wait(ctx context.Context, d time.Duration) {
 	}
 }
 
-func (m *Manager) reconcile(ctx context.Context, events <-chan struct{}) {
+func (m *Manager) reconcile(ctx context.Context) {
 	tick := time.NewTicker(recheck)
 	defer tick.Stop()
 	find := time.NewTicker(findEvery)
@@ -72,7 +74,7 @@ func (m *Manager) reconcile(ctx context.Context, events <-chan struct{}) {
 		select {
 		case <-ctx.Done():
 			return
-		case <-events:
+		case <-m.events:
 			wait(ctx, settle)
 		case <-find.C:
 			m.syncBPF()
