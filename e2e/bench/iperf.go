@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 )
 
 // Bulk TCP is iperf3's. Where the load itself is to ask the SOCKS5 server, proxychains makes it: it replaces connect, and stays out of the
@@ -46,8 +47,18 @@ type iperf struct {
 	} `json:"end"`
 }
 
-// bulk moves as much as the subject can, up or down, over a number of connections.
-func (l *lab) bulk(ctx context.Context, s *subject, spec loadSpec) (loadResult, error) {
+// bulk moves as much as the subject can, up or down, over a number of connections. The server may be busy with the end of the last test.
+func (l *lab) bulk(ctx context.Context, s *subject, spec loadSpec) (r loadResult, err error) {
+	uerr := until(startTimeout, "iperf3's server is free", func() bool {
+		r, err = l.bulkOnce(ctx, s, spec)
+		return !errors.Is(err, errBusy)
+	})
+	return r, errors.Join(err, uerr)
+}
+
+var errBusy = errors.New("the server is busy")
+
+func (l *lab) bulkOnce(ctx context.Context, s *subject, spec loadSpec) (loadResult, error) {
 	var args []string
 	if s.socks != "" {
 		args = append(args, "proxychains4", "-q", "-f", l.proxychains())
@@ -77,6 +88,9 @@ func parseIperf(b []byte) (loadResult, error) {
 	var out iperf
 	if err := json.Unmarshal(b, &out); err != nil {
 		return loadResult{}, err
+	}
+	if strings.Contains(out.Error, errBusy.Error()) {
+		return loadResult{}, errBusy
 	}
 	if out.Error != "" {
 		return loadResult{}, errors.New(out.Error)

@@ -153,7 +153,7 @@ func (l *lab) listening(host string, port int) error {
 
 // addSubjects makes the client namespaces and starts what runs in them.
 func (l *lab) addSubjects() error {
-	all := []*subject{{name: subPlain}, {name: subUpstream, socks: socksAt(socksPort)}, {name: subFloor}, {name: subSplice}, {name: subEngine}, {name: subNetstack}}
+	all := []*subject{{name: subPlain}, {name: subUpstream, socks: socksAt(socksPort)}, {name: subFloor}, {name: subSplice}, {name: subTPROXY}, {name: subEngine}, {name: subNetstack}}
 	if l.o.other != "" {
 		all = append(all, &subject{name: subOther})
 	}
@@ -169,7 +169,7 @@ func (l *lab) addSubjects() error {
 			return err
 		}
 		switch s.name {
-		case subFloor, subSplice:
+		case subFloor, subSplice, subTPROXY:
 			s.start = func() (*process, error) { return l.startRedirect(s) }
 		case subEngine, subNetstack, subOther:
 			s.start = func() (*process, error) { return l.startEngine(s) }
@@ -227,17 +227,45 @@ func (l *lab) client(ns string, k int) error {
 	return nil
 }
 
-// startRedirect starts a relay that gets its connections from nftables instead of from a TUN.
+// startRedirect starts a relay that gets its connections from nftables, by REDIRECT or TPROXY, instead of from a TUN.
 func (l *lab) startRedirect(s *subject) (*process, error) {
 	const port = 12345
 	rules := fmt.Sprintf("table inet bench {\n chain out {\n  type nat hook output priority -100;\n"+
 		"  ip daddr %s meta l4proto tcp redirect to :%d\n  ip6 daddr %s meta l4proto tcp redirect to :%d\n }\n}\n", originV4, port, originV6, port)
+	if s.name == subTPROXY {
+		var err error
+		if rules, err = divert(s.ns, port); err != nil {
+			return nil, err
+		}
+	}
 	cmd := inNS(s.ns, "nft", "-f", "-")
 	cmd.Stdin = strings.NewReader("add table inet bench\ndelete table inet bench\n" + rules)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("nft: %w: %s", err, out)
 	}
 	return l.spawnReady(s.ns, nil, func() bool { return l.reaches(s) }, l.self, "redirect", s.name, strconv.Itoa(port), socksAt(l.port))
+}
+
+// divert returns the rules that lead to a TPROXY listener, and makes the routes: what goes to the origin comes in again by the loopback device.
+func divert(ns string, port int) (rules string, err error) {
+	const mark, table = "1", "100"
+	for _, family := range []string{"-4", "-6"} {
+		_ = ip(ns, family, "rule", "del", "fwmark", mark) // of the last start
+		for _, args := range [][]string{
+			{family, "rule", "add", "fwmark", mark, "lookup", table},
+			{family, "route", "replace", "local", "default", "dev", "lo", "table", table},
+		} {
+			if err := ip(ns, args...); err != nil {
+				return "", err
+			}
+		}
+	}
+	return fmt.Sprintf("table inet bench {\n chain out {\n  type route hook output priority -150;\n"+
+		"  ip daddr %s meta l4proto tcp meta mark set %s\n  ip6 daddr %s meta l4proto tcp meta mark set %s\n }\n"+
+		" chain pre {\n  type filter hook prerouting priority -150;\n"+
+		"  meta mark %s ip daddr %s meta l4proto tcp tproxy ip to :%d accept\n"+
+		"  meta mark %s ip6 daddr %s meta l4proto tcp tproxy ip6 to :%d accept\n }\n}\n",
+		originV4, mark, originV6, mark, mark, originV4, port, mark, originV6, port), nil
 }
 
 // startEngine starts mprox and waits until it carries traffic.

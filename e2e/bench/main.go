@@ -152,7 +152,7 @@ func measureLink(ctx context.Context, o options, link string, rep *report) error
 		return nil
 	}
 	if link != "" { // what goes on in the kernel of one machine says nothing there
-		o.skip = append(slices.Clone(o.skip), subPlain, subSplice, subFloor)
+		o.skip = append(slices.Clone(o.skip), subPlain, subSplice, subTPROXY, subFloor)
 	}
 	l, err := newLab(ctx, o, slowLinks()[link])
 	defer l.close()

@@ -32,7 +32,7 @@ func runProfile(ctx context.Context, o options) error {
 		return err
 	}
 	o.profile = dir
-	o.skip = []string{subPlain, subUpstream, subFloor, subSplice}
+	o.skip = []string{subPlain, subUpstream, subFloor, subSplice, subTPROXY}
 	o.peer = ""
 	if o.binary == "" {
 		o.binary = filepath.Join(dir, "mprox")

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -10,19 +11,25 @@ import (
 	"net"
 	"net/netip"
 	"sync"
+	"syscall"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
 
-// runRedirect is a proxy without a network stack: the kernel terminates the application's connection and hands it over by REDIRECT. As
-// "splice" the kernel moves the bytes too; as "floor" they are copied through 64 KiB, which is the least that any proxy does which lets
-// them pass through its own memory. Both answer before they dial: they are not honest, only fast.
+// runRedirect is a proxy without a network stack: the kernel terminates the application's connection and hands it over by REDIRECT, or, as
+// "tproxy", by TPROXY. As "splice" and "tproxy" the kernel moves the bytes too; as "floor" they are copied through 64 KiB, which is the least that any proxy does which lets
+// them pass through its own memory. All answer before they dial: they are not honest, only fast.
 func runRedirect(args []string) error {
 	if len(args) != 3 {
-		return errors.New("redirect floor|splice PORT SOCKS")
+		return errors.New("redirect floor|splice|tproxy PORT SOCKS")
 	}
-	l, err := net.Listen("tcp", ":"+args[1])
+	way := args[0]
+	var lc net.ListenConfig
+	if way == subTPROXY {
+		lc.Control = transparent
+	}
+	l, err := lc.Listen(context.Background(), "tcp", ":"+args[1])
 	if err != nil {
 		return err
 	}
@@ -31,13 +38,27 @@ func runRedirect(args []string) error {
 		if err != nil {
 			return err
 		}
-		go redirect(c.(*net.TCPConn), args[2], args[0] == subFloor)
+		go redirect(c.(*net.TCPConn), args[2], way)
 	}
 }
 
-func redirect(c *net.TCPConn, socks string, copying bool) {
+// transparent lets a socket accept connections to any address (Documentation/networking/tproxy.rst).
+func transparent(_, _ string, rc syscall.RawConn) error {
+	var err error
+	cerr := rc.Control(func(fd uintptr) {
+		err = errors.Join(unix.SetsockoptInt(int(fd), unix.SOL_IPV6, unix.IPV6_TRANSPARENT, 1), unix.SetsockoptInt(int(fd), unix.SOL_IP, unix.IP_TRANSPARENT, 1))
+	})
+	return errors.Join(cerr, err)
+}
+
+func redirect(c *net.TCPConn, socks, way string) {
 	defer c.Close()
-	dst, err := originalDst(c)
+	dst := c.LocalAddr().(*net.TCPAddr).AddrPort()
+	dst = netip.AddrPortFrom(dst.Addr().Unmap(), dst.Port())
+	var err error
+	if way != subTPROXY {
+		dst, err = originalDst(c)
+	}
 	if err != nil {
 		_ = c.SetLinger(0)
 		return
@@ -49,6 +70,7 @@ func redirect(c *net.TCPConn, socks string, copying bool) {
 	}
 	defer up.Close()
 	var wg sync.WaitGroup
+	copying := way == subFloor
 	wg.Go(func() { move(up, c, copying) })
 	move(c, up, copying)
 	wg.Wait()

@@ -97,7 +97,7 @@ func (r *report) cell(row, unit, costUnit, subject string) *cell {
 	if c == nil {
 		c = &cell{Subject: subject}
 		x.Cells = append(x.Cells, c)
-		order := []string{subPlain, subUpstream, subSplice, subFloor, subEngine, subNetstack, subOther, subPeer}
+		order := []string{subPlain, subUpstream, subSplice, subTPROXY, subFloor, subEngine, subNetstack, subOther, subPeer}
 		slices.SortFunc(x.Cells, func(a, b *cell) int { return slices.Index(order, a.Subject) - slices.Index(order, b.Subject) })
 	}
 	return c

@@ -21,6 +21,7 @@ const (
 	subUpstream = "upstream" // the client asks the SOCKS5 server itself
 	subFloor    = "floor"    // REDIRECT and a copy through 64 KiB, same server
 	subSplice   = "splice"   // REDIRECT and splice, same server
+	subTPROXY   = "tproxy"   // TPROXY and splice, same server
 	subEngine   = "mprox"
 	subNetstack = "netstack" // the same with offload off
 	subOther    = "other"    // another build of it
@@ -119,7 +120,7 @@ func rowNames() []string {
 // takes says whether the subject can carry the row's load at all.
 func (r *row) takes(s *subject) bool {
 	switch s.name {
-	case subFloor, subSplice:
+	case subFloor, subSplice, subTPROXY:
 		return !r.udp
 	}
 	return true

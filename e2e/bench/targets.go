@@ -32,6 +32,11 @@ func targets() []target {
 	for _, row := range []string{"tcp-up-1", "tcp-down-1", "tcp-up-8", "tcp-down-8"} {
 		all = append(all, target{what: row + ": throughput against REDIRECT + splice", unit: "×", least: .85, aim: 1, more: true, of: against(row, subSplice)})
 	}
+	for _, row := range []string{"tcp-up-1", "tcp-down-1", "tcp-up-8", "tcp-down-8"} {
+		all = append(all,
+			target{what: row + ": CPU against TPROXY + splice", unit: "×", least: 1.15, aim: 1, of: costAgainst(row, subTPROXY)},
+			target{what: row + ": throughput against TPROXY + splice", unit: "×", least: .95, aim: 1, more: true, of: against(row, subTPROXY)})
+	}
 	for _, row := range []string{"up-1", "down-1", "up-8", "down-8"} {
 		all = append(all, target{what: "tcp6-" + row + ": throughput against IPv4", unit: "×", least: .9, aim: 1, more: true, of: families("tcp6-"+row, "tcp-"+row)})
 	}
@@ -48,9 +53,11 @@ func targets() []target {
 	}
 	return append(all,
 		target{what: "conns: connections against the upstream alone", unit: "×", least: .85, aim: .95, more: true, of: against("conns", subUpstream)},
+		target{what: "conns: connections against netstack", unit: "×", least: 1, aim: 1, more: true, of: against("conns", subNetstack)},
 		target{what: "conns: CPU a connection", unit: "µs", least: 95, aim: 70, of: engineCost("conns")},
-		target{what: "first-byte: added to the upstream alone", unit: "µs", least: 90, aim: 50, of: added("first-byte")},
-		target{what: "request-response: added to the upstream alone", unit: "µs", least: 25, aim: 5, of: added("request-response")},
+		target{what: "first-byte: added to the upstream alone", unit: "µs", least: 90, aim: 50, of: added("first-byte", subUpstream)},
+		target{what: "first-byte: added to netstack", unit: "µs", least: 60, aim: 0, of: added("first-byte", subNetstack)},
+		target{what: "request-response: added to the upstream alone", unit: "µs", least: 25, aim: 5, of: added("request-response", subUpstream)},
 		target{what: "fairness: the least of 64 connections against their mean", unit: "×", least: .8, aim: 1, more: true, of: value("fairness")},
 		target{what: "memory of an idle daemon", unit: "MB", least: 20, aim: 20, of: value("memory-idle")},
 		target{what: "memory of an idle connection", unit: "KB", least: 16, aim: 10, of: value("memory-connection")},
@@ -102,9 +109,9 @@ func families(row, base string) func(*report) (float64, bool) {
 	}
 }
 
-func added(row string) func(*report) (float64, bool) {
+func added(row, base string) func(*report) (float64, bool) {
 	return func(r *report) (float64, bool) {
-		a, b := r.row(row).cell(subEngine), r.row(row).cell(subUpstream)
+		a, b := r.row(row).cell(subEngine), r.row(row).cell(base)
 		if a == nil || b == nil {
 			return 0, false
 		}
