@@ -8,8 +8,6 @@ import (
 	"net/netip"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
-	"gvisor.dev/gvisor/pkg/tcpip/header"
-	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"gvisor.dev/gvisor/pkg/waiter"
 
@@ -28,19 +26,13 @@ func (c *conn) Call(ctx context.Context, from, to netip.AddrPort) (flow.Conn, er
 	if from.Addr().Is4() != to.Addr().Is4() || !from.IsValid() || !to.IsValid() {
 		return nil, fmt.Errorf("call %s from %s: not of one family", to, from)
 	}
-	local, remote := spoofed(from), spoofed(to)
-	n := newConn(c.t, stack.TransportEndpointID{
-		LocalAddress: local.Addr, LocalPort: local.Port, RemoteAddress: remote.Addr, RemotePort: remote.Port,
-	})
-	proto := header.IPv4ProtocolNumber
-	if to.Addr().Is6() {
-		proto = header.IPv6ProtocolNumber
-	}
-	ep, terr := c.t.s.ns.NewEndpoint(tcp.ProtocolNumber, proto, &n.queue)
+	id := endpointID(from, to)
+	n := newConn(c.t, id)
+	ep, terr := c.t.s.ns.NewEndpoint(tcp.ProtocolNumber, familyOf(id), &n.queue)
 	if terr != nil {
 		return nil, fmt.Errorf("call %s: %s", to, terr)
 	}
-	if err := connect(ctx, ep, &n.queue, local, remote); err != nil {
+	if err := connect(ctx, ep, &n.queue, spoofed(from), spoofed(to)); err != nil {
 		ep.Abort()
 		ep.Close()
 		return nil, fmt.Errorf("call %s from %s: %w", to, from, err)

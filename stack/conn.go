@@ -102,6 +102,7 @@ func (c *conn) NotifyEvent(mask waiter.EventMask) {
 		c.write.poke()
 	}
 	if mask&end != 0 {
+		c.t.reuse.poke()
 		for _, s := range []*side{&c.read, &c.write} {
 			if c.broken(s) {
 				s.peer.Load().interrupt()

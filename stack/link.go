@@ -243,6 +243,7 @@ type reader struct {
 	link             *link
 	trusted, checked *nic
 	udp              func(src, dst netip.AddrPort, payload []byte) // must not keep payload, nor block
+	reuse            *reuse
 
 	view *buffer.View // the read buffer; nil after it went to netstack
 	buf  []byte       // its bytes
@@ -285,6 +286,9 @@ func (r *reader) Packet(h *tun.Header, n int) {
 // deliver gives the packet to netstack, which queues TCP segments to its processor goroutines: handled here, in the reader, an
 // acknowledgement that frees a window would be waited for by the very goroutine that has to read it.
 func (r *reader) deliver(n *nic, p *packet) {
+	if p.syn && r.reuse.hold(n, p, r.buf[:p.length]) {
+		return
+	}
 	var payload buffer.Buffer
 	if p.length <= copyMax {
 		payload = buffer.MakeWithData(r.buf[:p.length])

@@ -169,7 +169,9 @@ func FuzzParse(f *testing.F) {
 	l := &link{count: &counters{}}
 	fast, checked, slow := newOracle(f, newTrusted(l)), newOracle(f, newChecked(l)), newOracle(f, newChecked(l))
 	var past arrival
-	r := &reader{link: l, trusted: fast.nic, checked: checked.nic, udp: func(src, dst netip.AddrPort, payload []byte) {
+	ns := stack.New(stack.Options{}) // it has no connections: no SYN waits for the end of one
+	f.Cleanup(ns.Destroy)
+	r := &reader{link: l, trusted: fast.nic, checked: checked.nic, reuse: &reuse{ns: ns}, udp: func(src, dst netip.AddrPort, payload []byte) {
 		past = arrival{header.UDPProtocolNumber, src, dst, past.data + string(payload)}
 	}}
 	f.Cleanup(r.close)

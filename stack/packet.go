@@ -28,12 +28,13 @@ type packet struct {
 	verdict verdict
 	why     drop
 	proto   tcpip.NetworkProtocolNumber
-	length  int // of the IP packet; bytes after it are padding
-	headers int // bytes of IP and TCP header, at most headersMax; 0 if it is not TCP or has more
+	length  int  // of the IP packet; bytes after it are padding
+	headers int  // bytes of IP and TCP header, at most headersMax; 0 if it is not TCP or has more
+	syn     bool // it opens a TCP connection
 
-	src, dst netip.AddrPort // toUDP only, as are payload and segment
-	payload  []byte
-	segment  int // bytes of each datagram of the payload, but for the last, which may be shorter; at least 1, unless there is no payload
+	src, dst netip.AddrPort // toUDP, or syn
+	payload  []byte         // toUDP only, as is segment
+	segment  int            // bytes of each datagram of the payload, but for the last, which may be shorter; at least 1, unless there is no payload
 }
 
 // IPv4 and IPv6 field offsets that gVisor's header package does not export (RFC 791 section 3.1, RFC 8200 section 3).
@@ -175,6 +176,10 @@ func (p *packet) transport(b []byte, h *tun.Header, at int, proto tcpip.Transpor
 	case proto == header.TCPProtocolNumber && len(b) >= at+header.TCPMinimumSize:
 		if n := at + int(b[at+header.TCPDataOffset]>>4)*4; n >= at+header.TCPMinimumSize && n <= min(len(b), headersMax) {
 			p.headers = n
+		}
+		const opens = header.TCPFlagSyn | header.TCPFlagAck
+		if h := header.TCP(b[at:]); h.Flags()&opens == header.TCPFlagSyn {
+			p.syn, p.src, p.dst = true, netip.AddrPortFrom(src, h.SourcePort()), netip.AddrPortFrom(dst, h.DestinationPort())
 		}
 		if vouched {
 			p.verdict = toNetstack

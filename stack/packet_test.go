@@ -190,7 +190,7 @@ func FuzzLink(f *testing.F) {
 		f.Fatal("no trusted nic")
 	}
 	checked := s.ns.GetLinkEndpointByName("checked").(*nic)
-	r := &reader{link: s.link, trusted: trusted, checked: checked, udp: s.udp.receive}
+	r := &reader{link: s.link, trusted: trusted, checked: checked, udp: s.udp.receive, reuse: s.tcp.reuse}
 	f.Cleanup(r.close)
 	f.Fuzz(func(_ *testing.T, b []byte, flags uint8) {
 		h := tun.Header{Flags: flags}

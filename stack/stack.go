@@ -74,7 +74,7 @@ type Stack struct {
 
 	ns      *stack.Stack   // nil before Start
 	readers sync.WaitGroup // one a queue
-	writers sync.WaitGroup // of SYN-ACKs
+	writers sync.WaitGroup // of SYN-ACKs, and of SYNs that had to wait
 
 	mu      sync.Mutex
 	started bool
@@ -105,7 +105,7 @@ func New(cfg Config) (*Stack, error) {
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.link = newLink(cfg.Device, &s.count)
 	s.send.link = s.link
-	s.tcp = &tcpFront{s: s, max: cfg.MaxPendingTCP, pending: map[stack.TransportEndpointID]*syn{}, perSource: map[tcpip.Address]int{}}
+	s.tcp = &tcpFront{s: s, max: cfg.MaxPendingTCP, pending: map[stack.TransportEndpointID]*syn{}, perSource: map[tcpip.Address]int{}, reuse: newReuse()}
 	if cfg.Offload != nil {
 		o := *cfg.Offload
 		o.MTU = cfg.Device.MTU()
@@ -137,9 +137,10 @@ func (s *Stack) Start() error {
 		return fmt.Errorf("stack: %w", err)
 	}
 	s.writers.Go(func() { s.link.writeShakes(s.ctx.Done()) })
+	s.writers.Go(func() { s.tcp.reuse.run(s.ctx.Done()) })
 	for _, q := range s.cfg.Device.Queues() {
 		s.readers.Go(func() {
-			r := &reader{link: s.link, trusted: trusted, checked: checked, udp: s.udp.receive}
+			r := &reader{link: s.link, trusted: trusted, checked: checked, udp: s.udp.receive, reuse: s.tcp.reuse}
 			defer r.close()
 			if err := q.Receive(r); err != nil && s.ctx.Err() == nil {
 				s.cfg.Log.Error("reading the tun device ended", zap.String("device", s.cfg.Device.Name()), zap.Error(err))
@@ -167,6 +168,7 @@ func (s *Stack) build(trusted, checked *nic) error {
 	if err := setTCPOptions(s.ns); err != nil {
 		return err
 	}
+	s.tcp.reuse.ns = s.ns
 	s.tcp.fwd = tcp.NewForwarder(s.ns, bufferMin, s.tcp.max, s.tcp.serve)
 	s.ns.SetTransportProtocolHandler(tcp.ProtocolNumber, s.tcp.handle)
 	s.ns.SetTransportProtocolHandler(udp.ProtocolNumber, s.udp.handle)

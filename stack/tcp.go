@@ -25,6 +25,8 @@ import (
 //	        │ full: drop, the         ├─ Accept ─▶ SYN-ACK, wait for the ACK ─▶ conn
 //	        │ sender tries again      ├─ Reject ─▶ RST, ICMP unreachable, or nothing
 //	        └ repeated SYN: swallowed └─ neither: nothing
+//
+// Before that it may have to wait for the end of the last connection with the same ports: reuse.go.
 
 // Bounds of what waits for an answer. The forwarder alone has one in total, under which a single host that scans shuts out all others.
 const (
@@ -68,6 +70,7 @@ type tcpFront struct {
 	fwd       *tcp.Forwarder
 	open      atomic.Int64 // accepted and not closed connections
 	adopted   adoptions
+	reuse     *reuse
 
 	mu        sync.Mutex
 	pending   map[stack.TransportEndpointID]*syn
@@ -220,11 +223,7 @@ func (p *pending) Accept() (flow.Conn, error) {
 // abandon ends a handshake that is under way: netstack itself would go on for two minutes, whatever its options say.
 func (t *tcpFront) abandon(id stack.TransportEndpointID) func() {
 	return func() {
-		proto := header.IPv4ProtocolNumber
-		if id.LocalAddress.Len() == header.IPv6AddressSize {
-			proto = header.IPv6ProtocolNumber
-		}
-		if ep := t.s.ns.FindTransportEndpoint(proto, tcp.ProtocolNumber, id, nicTrusted); ep != nil {
+		if ep := t.s.ns.FindTransportEndpoint(familyOf(id), tcp.ProtocolNumber, id, nicTrusted); ep != nil {
 			ep.Abort()
 		}
 	}
