@@ -37,6 +37,7 @@ type guard struct {
 	contexts []ContextSpec // marked first, global last
 	global   bool
 	wide     bool // as Spec.wide
+	taken    []uint32
 	table    NFTable
 }
 
@@ -81,6 +82,18 @@ func (g *guard) set(ct bool, value uint32) stSetMark {
 	return stSetMark{ct: ct, value: value, mask: g.spec.Mask}
 }
 
+// take returns the jump that gives a packet and its connection a mark and lets it go on its way. The two are marked by two rules: what conntrack
+// takes for invalid, or was told to leave alone, has no connection, and a rule that reads the mark of one ends there. Such a packet would get
+// neither mark, and leave.
+func (g *guard) take(mark uint32) nfStmt {
+	name := fmt.Sprintf("take_%08x", mark)
+	if !slices.Contains(g.taken, mark) {
+		g.taken = append(g.taken, mark)
+		g.chain(nfChain{name: name, rules: []nfRule{rule(g.set(true, mark)), rule(g.set(false, mark), accept())}})
+	}
+	return goTo(name)
+}
+
 func (g *guard) sets() {
 	add := func(s nfSet) { g.table.sets = append(g.table.sets, s) }
 	for _, c := range g.contexts {
@@ -118,7 +131,7 @@ func (g *guard) prerouting() {
 			// The reverse path of what comes out of the TUN is looked up with the context's mark: the main table may have no route at all.
 			// What the kernel answers by itself (a reset, say) goes back by the connection's mark.
 			ctx := ContextMark(g.spec.Mask, c.Slot)
-			pre.rules = append(pre.rules, rule(stIface{name: c.TUN}, g.set(true, ctx), g.set(false, ctx)))
+			pre.rules = append(pre.rules, rule(stIface{name: c.TUN}, g.set(false, ctx), g.set(true, ctx)))
 		}
 		pre.rules = append(pre.rules, rule(stIface{name: c.TUN}, ret()))
 	}
@@ -175,18 +188,18 @@ func (g *guard) output() {
 	if g.wide {
 		// The connection's mark covers what has no socket any more: time-wait and resets.
 		add(g.mark(false, bypass), g.mark(true, bypass), accept())
-		add(g.mark(false, bypass), g.daemon(), g.set(true, bypass), accept())
+		add(g.mark(false, bypass), g.daemon(), g.take(bypass))
 		for _, ref := range g.snap.Excluded.Cgroups {
 			add(stCgroup{ref}, g.mark(true, inbound), g.set(false, inbound), accept())
-			add(stCgroup{ref}, g.set(true, bypass), g.set(false, bypass), accept())
+			add(stCgroup{ref}, g.take(bypass))
 		}
 		for _, v6 := range []bool{false, true} {
 			name := map[bool]string{false: "excluded4", true: "excluded6"}[v6]
-			add(stTupleIn{v6: v6, set: name}, g.set(true, bypass), g.set(false, bypass), accept())
+			add(stTupleIn{v6: v6, set: name}, g.take(bypass))
 		}
 		for _, v6 := range []bool{false, true} {
 			name := map[bool]string{false: "inbound4", true: "inbound6"}[v6]
-			add(stTupleIn{v6: v6, set: name}, g.set(true, inbound), g.set(false, inbound), accept())
+			add(stTupleIn{v6: v6, set: name}, g.take(inbound))
 		}
 	}
 	add(g.mark(true, inbound), g.set(false, inbound), accept())
@@ -199,7 +212,7 @@ func (g *guard) output() {
 					// A packet without a socket any more passes: it goes where its connection has gone.
 					add(stCgroup{ref}, stUID{uid: ref.UID, not: true}, stCounter{guardCounter}, drop())
 				}
-				add(stCgroup{ref}, g.set(true, ctx), g.set(false, ctx), accept())
+				add(stCgroup{ref}, g.take(ctx))
 			}
 		}
 	}

@@ -207,7 +207,7 @@ func (g *guard) selection(out *nfChain) {
 		ctx := ContextMark(g.spec.Mask, c.Slot)
 		if g.snap.Features.BPF {
 			// BPF has marked the socket, and so the first look-up was right already.
-			out.rules = append(out.rules, rule(g.mark(false, ctx), g.set(true, ctx), accept()))
+			out.rules = append(out.rules, rule(g.mark(false, ctx), g.take(ctx)))
 			if !c.Strict || slices.ContainsFunc(c.Exclude, func(s Selector) bool { return s.kernelOnly() || len(s.PIDs) > 0 }) {
 				continue
 			}
@@ -220,7 +220,7 @@ func (g *guard) selection(out *nfChain) {
 		}
 		for _, sel := range c.Select {
 			for _, m := range sel.rules(g.snap.Cgroups) {
-				chain.rules = append(chain.rules, append(m, g.set(true, ctx), g.set(false, ctx), accept()))
+				chain.rules = append(chain.rules, append(m, g.take(ctx)))
 			}
 		}
 		g.chain(chain)
@@ -237,11 +237,11 @@ func (g *guard) exclusion(out *nfChain) {
 		}
 		if g.snap.Features.BPF && slices.ContainsFunc(c.Exclude, func(s Selector) bool { return s.kernelOnly() || len(s.PIDs) > 0 }) {
 			// Whom only BPF can tell. Whoever has CAP_NET_ADMIN or CAP_NET_RAW could set that mark, too.
-			out.rules = append(out.rules, rule(g.mark(false, ExcludedMark(g.spec.Mask)), g.set(true, bypass), g.set(false, bypass), accept()))
+			out.rules = append(out.rules, rule(g.mark(false, ExcludedMark(g.spec.Mask)), g.take(bypass)))
 		}
 		for _, sel := range c.Exclude {
 			for _, m := range sel.rules(g.snap.Cgroups) {
-				out.rules = append(out.rules, append(m, g.set(true, bypass), g.set(false, bypass), accept()))
+				out.rules = append(out.rules, append(m, g.take(bypass)))
 			}
 		}
 	}
