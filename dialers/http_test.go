@@ -5,7 +5,6 @@ package dialers
 import (
 	"bufio"
 	"bytes"
-	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -228,9 +227,7 @@ func TestHTTPHostile(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			s := dialertest.Start(t, tt.steps...)
 			d := dialer(t, "http://bob:hunter2@"+s.Addr.String())
-			ctx, cancel := context.WithTimeout(t.Context(), short)
-			defer cancel()
-			_, err := d.Dial(ctx, addr(t, "example.com:80"))
+			_, err := d.Dial(hostileContext(t, tt.reason), addr(t, "example.com:80"))
 			wantError(t, err, tt.reason, tt.upstream)
 			if st := StatusOf(d); st.Active != 0 {
 				t.Errorf("%+v", st)
@@ -428,9 +425,7 @@ func TestHTTPSHostile(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := dialertest.Start(t, tt.step)
-			ctx, cancel := context.WithTimeout(t.Context(), short)
-			defer cancel()
-			_, err := dialer(t, "https://"+s.Addr.String()+"?insecure=1").Dial(ctx, addr(t, "a:1"))
+			_, err := dialer(t, "https://"+s.Addr.String()+"?insecure=1").Dial(hostileContext(t, tt.reason), addr(t, "a:1"))
 			wantError(t, err, tt.reason, true)
 		})
 	}

@@ -26,6 +26,17 @@ func testContext(t *testing.T) context.Context {
 	return ctx
 }
 
+// hostileContext is for a server whose conversation ends as reason says: soon, where only time ends it, and else in a time that does not matter.
+func hostileContext(t *testing.T, reason flow.Reason) context.Context {
+	t.Helper()
+	if reason != flow.ReasonTimeout {
+		return testContext(t)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), short)
+	t.Cleanup(cancel)
+	return ctx
+}
+
 func spec(t *testing.T, raw string) Spec {
 	t.Helper()
 	s, err := ParseURL(raw)

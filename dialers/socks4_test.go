@@ -4,7 +4,6 @@ package dialers
 
 import (
 	"bytes"
-	"context"
 	"errors"
 	"io"
 	"net/netip"
@@ -122,9 +121,7 @@ func TestSOCKS4Hostile(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := dialertest.Start(t, tt.steps...)
-			ctx, cancel := context.WithTimeout(t.Context(), short)
-			defer cancel()
-			_, err := dialer(t, "socks4a://"+s.Addr.String()).Dial(ctx, addr(t, "abcdefg:80"))
+			_, err := dialer(t, "socks4a://"+s.Addr.String()).Dial(hostileContext(t, tt.reason), addr(t, "abcdefg:80"))
 			wantError(t, err, tt.reason, tt.upstream)
 		})
 	}

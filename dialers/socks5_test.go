@@ -197,9 +197,7 @@ func TestSOCKS5Hostile(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			s := dialertest.Start(t, tt.steps...)
 			d := dialer(t, "socks5h://bob:"+testSecret[:7]+"@"+s.Addr.String())
-			ctx, cancel := context.WithTimeout(t.Context(), short)
-			defer cancel()
-			_, err := d.Dial(ctx, addr(t, "192.0.2.1:80"))
+			_, err := d.Dial(hostileContext(t, tt.reason), addr(t, "192.0.2.1:80"))
 			wantError(t, err, tt.reason, tt.upstream)
 			if err != nil && strings.Contains(err.Error(), testSecret[:7]) {
 				t.Errorf("the error has the password: %v", err)
