@@ -177,8 +177,7 @@ func (h *HTTP) through(ctx context.Context, tcp *TCPConn, dst flow.Addr, l *logi
 		if err != nil {
 			return err
 		}
-		if tc, ok := sc.(*tlsConn); ok && tc.ConnectionState().NegotiatedProtocol == protoH2 {
-			h2 = tc.Conn
+		if h2 = chosenH2(sc); h2 != nil {
 			return nil
 		}
 		conn, err = h.speak(sc, dst, l)
@@ -192,11 +191,12 @@ func (h *HTTP) through(ctx context.Context, tcp *TCPConn, dst flow.Addr, l *logi
 		h.track(tcp)
 		return conn, nil
 	}
-	c, err := h.h2.add(ctx, h2, tcp)
+	c, err := newH2Conn(ctx, h2, tcp)
 	if err != nil {
 		tcp.Abort()
 		return nil, err
 	}
+	h.h2.add(c)
 	tcp.leave = nil // the place is the stream's
 	return h.overStream(ctx, c, dst, l)
 }

@@ -80,8 +80,16 @@ func (p *h2Pool) reserve() *h2Conn {
 	return found
 }
 
-// add takes a connection whose TLS handshake has chosen HTTP/2, and reserves a stream on it.
-func (p *h2Pool) add(ctx context.Context, tc *tls.Conn, tcp *TCPConn) (*h2Conn, error) {
+// chosenH2 returns the TLS of a connection on which the proxy has chosen HTTP/2; nil of others.
+func chosenH2(c flow.Conn) *tls.Conn {
+	if tc, ok := c.(*tlsConn); ok && tc.ConnectionState().NegotiatedProtocol == protoH2 {
+		return tc.Conn
+	}
+	return nil
+}
+
+// newH2Conn makes a connection of one whose TLS handshake has chosen HTTP/2, and reserves a stream on it.
+func newH2Conn(ctx context.Context, tc *tls.Conn, tcp *TCPConn) (*h2Conn, error) {
 	var protocols http.Protocols
 	protocols.SetHTTP2(true)
 	t := &http.Transport{
@@ -97,13 +105,16 @@ func (p *h2Pool) add(ctx context.Context, tc *tls.Conn, tcp *TCPConn) (*h2Conn, 
 		_ = cc.Close()
 		return nil, fmt.Errorf("%w: %w", flow.ErrUpstream, err)
 	}
-	c := &h2Conn{ClientConn: cc, tcp: tcp}
+	return &h2Conn{ClientConn: cc, tcp: tcp}, nil
+}
+
+// add takes a connection that others are to use too.
+func (p *h2Pool) add(c *h2Conn) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if len(p.conns) < h2Conns { // one more serves this stream alone
 		p.conns = append(p.conns, c)
 	}
-	return c, nil
 }
 
 // rest closes a connection that has been without streams for a while. It is called when a stream ends.

@@ -337,3 +337,37 @@ func (p *h2Pool) closeAll() {
 	}
 	p.conns = nil
 }
+
+// TestHTTP2Trial: what is tried is what a flow would use, also where the proxy chooses HTTP/2, and asks for credentials on it.
+func TestHTTP2Trial(t *testing.T) {
+	_, raw := newH2Proxy(t, func(w http.ResponseWriter, r *http.Request) {
+		switch {
+		case r.Header.Get("Proxy-Authorization") == "":
+			w.Header().Set("Proxy-Authenticate", `Digest realm="r", nonce="n", qop="auth"`)
+			w.WriteHeader(http.StatusProxyAuthRequired)
+		case r.Host == "closed.example.com:443":
+			w.Header().Set("Proxy-Status", "p; error=connection_refused")
+			w.WriteHeader(http.StatusBadGateway)
+		default:
+			w.WriteHeader(http.StatusOK)
+		}
+	})
+	for to, want := range map[string]string{
+		"www.example.com:443":    "request:HTTP/2 407 Proxy Authentication Required request:HTTP/2 200 OK",
+		"closed.example.com:443": "request:HTTP/2 407 Proxy Authentication Required request:HTTP/2 502 Bad Gateway!",
+	} {
+		d := h2Dialer(t, raw, "u:pqz@")
+		d.spec.Auth = "digest"
+		steps := Trial(testContext(t), d, addr(t, to))
+		if len(steps) < 3 || !strings.HasPrefix(steps[2].Says, "TLS 1.3, HTTP/2, certificate of ") {
+			t.Errorf("%s: %+v", to, steps)
+			continue
+		}
+		if got := trialText(steps[3:], ""); got != want {
+			t.Errorf("got  %s\nwant %s", got, want)
+		}
+		if st := d.Status(); st.Total != 0 || st.Active != 0 || d.h2.conns != nil {
+			t.Errorf("%+v, %d connections", st, len(d.h2.conns))
+		}
+	}
+}

@@ -119,6 +119,9 @@ func describeTLS(c flow.Conn, err error) string {
 	}
 	st := tc.ConnectionState()
 	text := tls.VersionName(st.Version)
+	if chosenH2(c) != nil {
+		text += ", HTTP/2"
+	}
 	if len(st.PeerCertificates) > 0 {
 		text += ", certificate of " + quote(st.PeerCertificates[0].Subject.String())
 	}
@@ -171,7 +174,46 @@ func (t *trial) socks4(d *SOCKS4) func(*transcript) error {
 
 func (t *trial) http(d *HTTP) func(*transcript) error {
 	l := new(login) // over all connections
-	return func(c *transcript) error { return d.converse(c, &streamHead{r: c}, t.dst, l) }
+	return func(c *transcript) error {
+		if tc := chosenH2(c.Conn); tc != nil {
+			t.http2(d, tc, l)
+			return nil // it is in the steps
+		}
+		return d.converse(c, &streamHead{r: c}, t.dst, l)
+	}
+}
+
+// http2 asks on streams of a connection of the trial's own.
+func (t *trial) http2(d *HTTP, tc *tls.Conn, l *login) {
+	begin := time.Now()
+	c, err := newH2Conn(t.ctx, tc, nil) // the TCP connection is only for streams that are kept
+	if err != nil {
+		t.add("request", begin, "", err)
+		return
+	}
+	defer func() { _ = c.Close() }()
+	a := &h2Asker{h: d, c: c, dst: t.dst, ctx: t.ctx, first: true}
+	defer a.give()
+	if err := d.logIn(&notingAsker{a, t}, l); err != nil {
+		t.steps[len(t.steps)-1].Err = err
+	}
+}
+
+// notingAsker makes a step of each request.
+type notingAsker struct {
+	asker
+	t *trial
+}
+
+func (n *notingAsker) ask(l *login) (*response, []string, error) {
+	begin := time.Now()
+	r, secrets, err := n.asker.ask(l)
+	says := ""
+	if err == nil {
+		says = quote(fmt.Sprintf("HTTP/2 %d %s", r.status, r.reason), secrets...)
+	}
+	n.t.add("request", begin, says, err)
+	return r, secrets, err
 }
 
 // udp asks for an association. That there is none is no failure.
