@@ -51,17 +51,34 @@ func (m *Manager) adoptLocked(old journal, spec Spec) error {
 			if spec.Contexts[i].Mode == ModeGlobal {
 				return fmt.Errorf("%w: processes of %q that survived a crash hold slot %d: end them, or run `mprox cleanup`", ErrConflict, c.Name, c.Slot)
 			}
-			continue // it is captured by the context that has the slot now
-		}
-		if ok, err := m.locks.slot(c.Slot); err != nil || !ok {
+		} else if ok, err := m.locks.slot(c.Slot); err != nil || !ok {
 			return errors.Join(err, fmt.Errorf("%w: slot %d is in use", ErrConflict, c.Slot))
 		}
-		m.slots[c.Slot] = true
+		m.slots[c.Slot] = true // if there is a context that has the slot now, it captures them
 		name, _, _ := strings.Cut(c.Name, " (crashed")
 		m.ghosts = append(m.ghosts, ContextSpec{Name: fmt.Sprintf("%s (crashed, slot %d)", name, c.Slot), Slot: c.Slot, Mode: c.Mode, Cgroups: c.Cgroups})
 	}
 	m.ghosts = Spec{Contexts: m.ghosts}.withDefaults().Contexts
 	return nil
+}
+
+// withGhosts adds the contexts whose processes have outlived them, or their cgroups to the context that has got their slot: the mark of a socket
+// could be changed by its process, that of a cgroup cannot.
+func (m *Manager) withGhosts(contexts []ContextSpec) []ContextSpec {
+	out := slices.Clone(contexts)
+	for _, g := range m.ghosts {
+		i := slices.IndexFunc(out, sameSlot(g))
+		if i < 0 {
+			out = append(out, g)
+			continue
+		}
+		out[i].Cgroups = slices.Concat(out[i].Cgroups, g.Cgroups)
+	}
+	return out
+}
+
+func sameSlot(c ContextSpec) func(ContextSpec) bool {
+	return func(o ContextSpec) bool { return o.Slot == c.Slot }
 }
 
 func (m *Manager) populated(refs []CgroupRef) bool {

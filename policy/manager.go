@@ -52,7 +52,7 @@ type Manager struct {
 	journal   journal
 	locks     *locks
 	slots     map[int]bool    // locked by us
-	ghosts    []ContextSpec   // contexts of a crashed instance, or ended ones, whose processes live on: blocked
+	ghosts    []ContextSpec   // contexts of a crashed instance whose processes live on: blocked, unless another context has their slot
 	warned    map[string]bool // what has been logged already
 	nftText   map[string]string
 	nftPrint  map[string]string
@@ -213,7 +213,7 @@ func (m *Manager) convergeLocked(ctx context.Context, spec Spec, repair bool) er
 
 func (m *Manager) changeLocked(ctx context.Context, spec Spec, repair bool) error {
 	m.dropGhostsLocked()
-	spec.Contexts = slices.Concat(spec.Contexts, m.ghosts)
+	spec.Contexts = m.withGhosts(spec.Contexts)
 	snap, err := m.host.Snapshot(ctx, spec.TableBase)
 	if err != nil {
 		return err
@@ -445,9 +445,10 @@ func (m *Manager) Close(ctx context.Context, mode StopMode) error {
 	defer m.unlockLocked()
 	spec := closedSpec(m.spec)
 	spec.Contexts = slices.DeleteFunc(spec.Contexts, func(c ContextSpec) bool { return !m.keep(c, mode) })
-	if mode == StopOpen {
-		m.ghosts = nil
-	}
+	m.ghosts = slices.DeleteFunc(m.ghosts, func(g ContextSpec) bool {
+		heir := slices.ContainsFunc(m.spec.Contexts, sameSlot(g)) && !slices.ContainsFunc(spec.Contexts, sameSlot(g))
+		return mode == StopOpen || heir // as the rest of the context that has got its slot
+	})
 	if len(spec.Contexts)+len(m.ghosts) > 0 {
 		m.spec = spec
 		return m.convergeLocked(ctx, spec, false)
