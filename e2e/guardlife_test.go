@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -92,45 +91,6 @@ func TestOpenOnCrash(t *testing.T) {
 		t.Errorf("stopped with on_stop: block: %v", r)
 	}
 	must(t, m, "guard", "off")
-}
-
-// TestGuardWhileHungAndUpgraded stops a daemon in its tracks, and replaces its program and starts it again: no probe leaves in either case,
-// from the first moment to the last; and then everything works.
-func TestGuardWhileHungAndUpgraded(t *testing.T) {
-	t.Parallel()
-	l := lab.New(t, lab.Options{})
-	s := l.Dante(t, 1080, true)
-	lab.NewTrap(t, l.Client, lab.LoopbackResolvers()...)
-	m := l.Mprox(t)
-	m.UpConfig(globalConfig(s, ""))
-	checkProxied(t, l)
-	cp := l.Capture(t)
-
-	m.Signal(syscall.SIGSTOP)
-	l.Client.Probe(lab.Probes())
-	m.Signal(syscall.SIGCONT)
-	lab.Eventually(t, 10*time.Second, "it works again", func() bool { return curl(t, l, "-m", "2", originURL(false, "/")).Code == 0 })
-
-	flood := l.StartFlood(t)
-	// The program is replaced under the running daemon, as a package manager does: another file takes its name.
-	self, err := os.ReadFile(lab.Binary(t))
-	if err != nil {
-		t.Fatal(err)
-	}
-	program := filepath.Join(l.Dir, "mprox-new")
-	if err := os.WriteFile(program, self, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	must(t, m, "down", "--keep-closed")
-	m.Wait(5 * time.Second)
-	l.Client.Probe(lab.Probes())
-	args := m.Args("up", "-c", m.ConfigPath())
-	args[0] = program
-	m.StartCommand(l.Client.Command(args...))
-	m.WaitReady()
-	flood.Stop()
-	checkProxied(t, l)
-	upstreamOnly(s).Check(t, cp.Packets())
 }
 
 // TestGuardCommand shows status, on and off, without any daemon.

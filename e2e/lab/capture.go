@@ -232,6 +232,10 @@ func (a Allow) allows(p Packet) bool {
 		if tcp && dst == u || udp && a.UDP && p.Dst == u.Addr() {
 			return true
 		}
+		// The kernel's own word to the upstream, whose datagram came when the socket had just gone.
+		if a.UDP && p.Dst == u.Addr() && (p.Proto == unix.IPPROTO_ICMP && p.ICMPType == 3 || p.Proto == unix.IPPROTO_ICMPV6 && p.ICMPType == 1) {
+			return true
+		}
 	}
 	return slices.ContainsFunc(a.Direct, func(d netip.Prefix) bool { return d.Contains(p.Dst) })
 }

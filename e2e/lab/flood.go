@@ -41,6 +41,13 @@ type floodSock struct {
 // StartFlood starts a flood; it ends with the test, or at Stop.
 func (l *Lab) StartFlood(t *testing.T) *Flood {
 	t.Helper()
+	f := startFlood(l.Client.Do)
+	t.Cleanup(f.Stop)
+	return f
+}
+
+// startFlood starts a flood by a goroutine that in has called, in the network it is about.
+func startFlood(in func(func() error) error) *Flood {
 	f := &Flood{stop: make(chan struct{})}
 	add := func(dst netip.Addr, typ, proto, port int, control func(int) error) {
 		f.socks = append(f.socks, &floodSock{dst, typ, proto, port, control, -1})
@@ -60,10 +67,9 @@ func (l *Lab) StartFlood(t *testing.T) *Flood {
 	add(netip.MustParseAddr("127.0.0.53"), unix.SOCK_DGRAM, 0, 53, nil)
 	ready := make(chan struct{})
 	f.wg.Go(func() {
-		_ = l.Client.Do(func() error { f.loop(ready); return nil })
+		_ = in(func() error { f.loop(ready); return nil })
 	})
 	<-ready
-	t.Cleanup(f.Stop)
 	return f
 }
 

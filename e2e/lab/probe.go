@@ -34,8 +34,8 @@ type Probe struct {
 // Probes are all ways known to us. The loopback resolvers asked must be trapped by the test.
 func Probes() []Probe {
 	return append(SocketProbes(),
-		Probe{"packet4", func() error { return packetProbe(ClientV4, OriginV4, probePort) }},
-		Probe{"packet6", func() error { return packetProbe(ClientV6, OriginV6, probePort) }})
+		Probe{"packet4", func() error { return packetProbe(OriginV4, probePort) }},
+		Probe{"packet6", func() error { return packetProbe(OriginV6, probePort) }})
 }
 
 // SocketProbes are the ways of sockets that speak IP. AF_PACKET is closed only where the whole machine is captured (README).
@@ -63,6 +63,10 @@ func SocketProbes() []Probe {
 		add("udp"+fam+" PKTINFO", func() error { return pktinfo(dst) })
 		add("raw"+fam+" protocol 132", func() error { return raw(dst, 132, nil) })
 		add("raw"+fam+" protocol 47 SO_BINDTODEV", func() error { return raw(dst, 47, bindToDevice) })
+		for how, control := range map[string]func(fd int) error{"": nil, " SO_BINDTODEV": bindToDevice, " bypass mark": setMark(0x4d000000)} {
+			add("raw"+fam+" HDRINCL"+how, func() error { return headerIncluded(dst, control, datagram(clientOf(dst), dst, probePort)) })
+			add("raw"+fam+" fragments"+how, func() error { return headerIncluded(dst, control, fragments(clientOf(dst), dst, probePort)...) })
+		}
 		add("udp"+fam+" large", func() error { return sendUDP("udp"+fam, netip.AddrPortFrom(dst, probePort), make([]byte, 4000), nil) })
 		add("udp"+fam+" large SO_BINDTODEV", func() error {
 			return sendUDP("udp"+fam, netip.AddrPortFrom(dst, probePort), make([]byte, 4000), bindToDevice)
@@ -137,6 +141,8 @@ func Helper() {
 		os.Exit(1)
 	case "crowd":
 		crowd()
+	case "prober":
+		prober()
 	default:
 		fmt.Fprintln(os.Stderr, "unknown helper")
 		os.Exit(1)

@@ -3,7 +3,6 @@
 package lab
 
 import (
-	"bufio"
 	"fmt"
 	"io/fs"
 	"os"
@@ -66,23 +65,6 @@ func (l *Lab) Snapshot(t *testing.T) Snapshot {
 	s["bpf-attached"] = attached()
 	slices.Sort(s["link"])
 	return s
-}
-
-// cgroupRoot finds the mount of cgroup v2: it is not everywhere the same.
-func cgroupRoot() string {
-	f, err := os.Open("/proc/self/mountinfo")
-	if err != nil {
-		return ""
-	}
-	defer f.Close()
-	sc := bufio.NewScanner(f)
-	for sc.Scan() {
-		before, after, ok := strings.Cut(sc.Text(), " - ")
-		if fields := strings.Fields(before); ok && len(fields) > 4 && strings.HasPrefix(after, "cgroup2 ") {
-			return fields[4]
-		}
-	}
-	return ""
 }
 
 // named lists what is below a directory and bears a name.
