@@ -37,7 +37,7 @@ type Selector struct {
 	Container  []string       `json:"container" doc:"Container by name or ID (Docker, Podman), or by the number of a process in it. Alone in its entry; also in mode global."`
 	Interface  []string       `json:"interface" doc:"Mode gateway: the interface that packets arrive on."`
 	SourceCIDR []netip.Prefix `json:"source_cidr" doc:"Mode gateway: the addresses that packets come from."`
-	Scope      string         `json:"scope" default:"tree" enum:"current,tree,session,group" doc:"With pid and exe: the process alone, with its descendants, its session, or its process group."`
+	Scope      string         `json:"scope" default:"tree" enum:"current,tree,session,group" doc:"With pid and exe: the process alone, or with its descendants; with pid also its session, or its process group."`
 }
 
 // Bypass is a set of destinations that never go through an upstream. One match in any of its lists suffices.

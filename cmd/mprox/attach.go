@@ -26,7 +26,7 @@ type selectorFlags struct {
 
 func (f *selectorFlags) register(fl *pflag.FlagSet) {
 	fl.IntSliceVar(&f.pid, "pid", nil, "`process` by its ID")
-	fl.StringVar(&f.scope, "scope", "", "with --pid and --exe: current, tree, session, group (default tree)")
+	fl.StringVar(&f.scope, "scope", "", "with --pid and --exe: current or tree (default); with --pid also session or group")
 	fl.StringArrayVar(&f.cgroup, "cgroup", nil, "`path` of a cgroup below the cgroup v2 mount, with all below it")
 	fl.StringArrayVar(&f.unit, "unit", nil, "systemd `unit`; wildcards * ? [a-z]")
 	fl.StringSliceVar(&f.uid, "uid", nil, "`user` by number, or by name")

@@ -243,6 +243,8 @@ func TestSelection(t *testing.T) {
 			selection{chosen: []policy.Selector{{Interfaces: []string{"eth1"}, Sources: []netip.Prefix{netip.MustParsePrefix("192.168.50.0/24")}}}},
 			"",
 		},
+		{"session of an executable", `"mode": "process", "select": { "exe": "/bin/x", "scope": "session" }`, selection{}, "select[0].scope: session goes with pid"},
+		{"group of an executable", `"mode": "process", "select": { "exe": "/bin/x", "scope": "group" }`, selection{}, "with exe say tree or current"},
 		{"gateway of nobody", `"mode": "gateway"`, selection{}, "select is missing"},
 		{"unknown user", `"mode": "cgroup", "select": { "user": ["root", "no-such-user"] }`, selection{}, "select[0].user[1]"},
 		{"bad unit", `"mode": "cgroup", "exclude": { "unit": "a/b" }`, selection{}, "exclude[0].unit[0]"},

@@ -66,7 +66,7 @@ func buildSelector(path string, s config.Selector) (policy.Selector, error) {
 		}
 	}
 	if len(s.Exe) > 0 && out.Scope > policy.ScopeCurrent {
-		refuse("scope", errors.New("session and group go with pid, not with exe"))
+		refuse("scope", fmt.Errorf("%s goes with pid, not with exe: with exe say tree or current", out.Scope))
 	}
 	for i, u := range s.Unit {
 		if err := policy.CheckUnit(u); err != nil {
