@@ -246,6 +246,16 @@ func (s *bpfState) load(cookie uint64) (map[string]*ebpf.Program, error) {
 const releaseHook = "release"
 
 func (s *bpfState) attachTraces() error {
+	// A crashed daemon may have had this one's PID, and its programs still do their work.
+	for taken := true; taken; {
+		left, err := filepath.Glob(filepath.Join(s.dir, fmt.Sprintf("%d-%d-*", os.Getpid(), s.gen)))
+		if err != nil {
+			return err
+		}
+		if taken = len(left) > 0; taken {
+			s.gen++
+		}
+	}
 	for _, k := range s.bits.traces() {
 		p, err := ebpf.NewProgram(s.bits.trace(k, s.maps, s.off))
 		if err != nil {

@@ -439,7 +439,8 @@ func (s *bpfState) direct(pid int) []uint64 {
 			out[1+n+i] |= w[i]
 		}
 	}
-	exe := fmt.Sprintf("/proc/%d/exe", pid)
+	proc := process.Dir(pid)
+	exe := proc + "/exe"
 	id, err := s.ident.file(exe)
 	if err != nil {
 		return out
@@ -452,7 +453,7 @@ func (s *bpfState) direct(pid int) []uint64 {
 		return out
 	}
 	real = strings.TrimSuffix(real, " (deleted)")
-	dir, err := s.ident.file(fmt.Sprintf("/proc/%d/root%s", pid, path.Dir(real)))
+	dir, err := s.ident.file(proc + "/root" + path.Dir(real))
 	if err != nil {
 		return out
 	}

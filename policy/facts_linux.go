@@ -23,7 +23,7 @@ func (h *LinuxHost) Process(pid int) (ProcessFacts, error) {
 	}
 	p := ProcessFacts{PID: pid, Name: process.Name(pid)}
 	p.UID, p.GID = effective(string(status))
-	if exe, err := os.Readlink(dir + "/exe"); err == nil {
+	if exe, err := os.Readlink(process.Dir(pid) + "/exe"); err == nil {
 		p.Exe = strings.TrimSuffix(exe, " (deleted)")
 	}
 	p.Cgroup, _ = process.Cgroup(pid) // without cgroup v2 there is none
@@ -32,7 +32,7 @@ func (h *LinuxHost) Process(pid int) (ProcessFacts, error) {
 	}
 	for at := pid; at > 0 && len(p.Lineage) < maxLineage; {
 		p.Lineage = append(p.Lineage, at)
-		exe, _ := os.Readlink(fmt.Sprintf("/proc/%d/exe", at)) // "" when it may not be read
+		exe, _ := os.Readlink(process.Dir(at) + "/exe") // "" when it may not be read
 		p.Exes = append(p.Exes, strings.TrimSuffix(exe, " (deleted)"))
 		parent, _, err := process.Stat(at)
 		if err != nil {

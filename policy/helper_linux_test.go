@@ -15,6 +15,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -37,11 +38,11 @@ func (l *lab) spawn(cgroup int) *helper {
 	return l.spawnExe(exe, cgroup)
 }
 
-// spawnExe starts a copy of this program as a helper.
-func (l *lab) spawnExe(exe string, cgroup int) *helper {
+// spawnExe starts a copy of this program as a helper, by a command line that executes it.
+func (l *lab) spawnExe(exe string, cgroup int, args ...string) *helper {
 	l.t.Helper()
 	var err error
-	h := &helper{t: l.t, cmd: exec.Command(exe)}
+	h := &helper{t: l.t, cmd: exec.Command(exe, args...)}
 	h.cmd.Env = append(os.Environ(), "POLICY_TEST_HELPER=1")
 	h.cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: cgroup}
 	out, err := h.cmd.StdoutPipe()
@@ -90,10 +91,34 @@ func (h *helper) way(name, want, format string, args ...any) way {
 
 // helperMain obeys `udp|tcp|ping ADDR PORT MARK DEVICE` (0 and - for none), `keep ADDR PORT` (a TCP connection that stays), `write` (into
 // it), `listen PORT`, `user UID GID` (for good), `orphan [EXE]` (a child of its own session takes over), `child [EXE]` (the same, in its own
-// session), `open` (a UDP socket that stays, also in who takes over, as 3), `again ADDR PORT` (through it), `mark` (that a new socket gets),
+// session), `leaderless` (its first thread ends, the others go on), `open` (a UDP socket that stays, also in who takes over, as 3), `again ADDR PORT` (through it), `mark` (that a new socket gets),
 // `dial tcp4|tcp6|tcpm|udp4|udp6|udpm ADDR` (port 7400; m: mapped; says where from), `brief` (the same, and closes it), `receive PATH` and
 // `received` (a socket), `fd N connect|send ADDR` (of N, or of what was received if 0; port 7400; says where from).
 func helperMain() {
+	runtime.LockOSThread() // the first thread of the process, while nothing else has run yet
+	leaderless := make(chan struct{})
+	go func() {
+		obey(leaderless)
+		os.Exit(0) // whether or not there is a first thread to come back to
+	}()
+	<-leaderless
+	if unix.Gettid() == unix.Getpid() {
+		_, _, _ = unix.Syscall(unix.SYS_EXIT, 0, 0, 0) // of the thread alone
+	}
+}
+
+// awaitLeaderless waits until the first thread has ended.
+func awaitLeaderless(deadline time.Duration) error {
+	for end := time.Now().Add(deadline); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		if b, _ := os.ReadFile("/proc/self/stat"); strings.Contains(string(b), ") Z ") {
+			return nil
+		}
+	}
+	return errors.New("the first thread goes on")
+}
+
+// obey runs the commands. It closes leaderless when the first thread shall end.
+func obey(leaderless chan struct{}) {
 	var kept net.Conn
 	var ls []net.Listener
 	var open, got int
@@ -126,6 +151,9 @@ func helperMain() {
 			kept, err = net.Dial("tcp", net.JoinHostPort(f[1], f[2]))
 		case "orphan", "child":
 			takeOver(f[0] == "orphan", f[1], open)
+		case "leaderless":
+			close(leaderless)
+			err = awaitLeaderless(3 * time.Second)
 		case "dial":
 			err = errors.New(dialed(f[1], netip.MustParseAddr(f[2])))
 		case "brief":

@@ -204,7 +204,7 @@ func (o *Owners) describe(r ownerRecord, method string) Owner {
 // exe is the path of a process's executable, or, when it has ended, the last that the same file had.
 func (o *Owners) exe(k exeKey) string {
 	var out string
-	link := fmt.Sprintf("/proc/%d/exe", k.pid)
+	link := process.Dir(int(k.pid)) + "/exe"
 	if _, start, err := process.Stat(int(k.pid)); err == nil && start == k.start/nanosPerTick {
 		if s, err := os.Readlink(link); err == nil {
 			out = strings.TrimSuffix(s, " (deleted)")
@@ -325,7 +325,7 @@ func (s *bpfState) recordOf(h *LinuxHost, pid int) (ownerRecord, bool) {
 	if ref, err := cgroupRef(facts.Cgroup); err == nil && facts.Cgroup != "" {
 		r.Cgroup = ref.ID
 	}
-	if id, err := s.ident.file(fmt.Sprintf("/proc/%d/exe", pid)); err == nil {
+	if id, err := s.ident.file(process.Dir(pid) + "/exe"); err == nil {
 		r.Exe = id
 	}
 	return r, true

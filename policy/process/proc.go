@@ -4,6 +4,7 @@ package process
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -47,10 +48,31 @@ func Holders(ctx context.Context, inodes map[uint32]bool) (map[int][]uint32, err
 	return out, nil
 }
 
+// Dir is where /proc shows what a process executes, has open and sees: its own directory, or, when its first thread has ended before the
+// others, that of another one.
+func Dir(pid int) string {
+	dir := fmt.Sprintf("/proc/%d", pid)
+	if _, err := os.Readlink(dir + "/exe"); !errors.Is(err, os.ErrNotExist) {
+		return dir
+	}
+	threads, _ := os.ReadDir(dir + "/task") // none when it has ended
+	for _, t := range threads {
+		task := dir + "/task/" + t.Name()
+		if _, err := os.Readlink(task + "/exe"); err == nil {
+			return task
+		}
+	}
+	return dir
+}
+
 // SocketsOf returns the inodes of the sockets that a process has open.
 func SocketsOf(pid int) []uint32 {
 	dir := fmt.Sprintf("/proc/%d/fd", pid)
 	fds, err := os.ReadDir(dir)
+	if len(fds) == 0 {
+		dir = Dir(pid) + "/fd"
+		fds, err = os.ReadDir(dir)
+	}
 	if err != nil {
 		return nil
 	}
