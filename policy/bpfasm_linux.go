@@ -110,20 +110,6 @@ func (a *assembler) orFrom(src asm.Register, dst, off, n int) {
 	}
 }
 
-// orBits ors constant bits into the stack.
-func (a *assembler) orBits(dst int, bits []uint64) {
-	for i, w := range bits {
-		if w == 0 {
-			continue
-		}
-		a.emit(
-			asm.LoadMem(asm.R2, asm.RFP, int16(dst+8*i), asm.DWord),
-			asm.LoadImm(asm.R1, int64(w), asm.DWord),
-			asm.Or.Reg(asm.R2, asm.R1),
-			asm.StoreMem(asm.RFP, int16(dst+8*i), asm.R2, asm.DWord))
-	}
-}
-
 // storeBits writes constant words to the stack.
 func (a *assembler) storeBits(dst int, bits []uint64) {
 	for i, w := range bits {
@@ -161,26 +147,42 @@ func (a *assembler) returns(label string, value int32) {
 	a.emit(asm.Mov.Imm(asm.R0, value), asm.Return())
 }
 
-// text compares the NUL-terminated name at name of the stack (length with the NUL in R9, its address in the kernel in R8) with
-// prefix*suffix, and jumps to miss when it does not match. scratch has room for the suffix, 8 bytes at a time.
-func (a *assembler) text(name int, prefix, suffix, miss string, scratch int) {
-	if n := len(prefix) + len(suffix); n > 0 {
-		a.emit(asm.JLT.Imm(asm.R9, int32(n+1), miss))
-	}
-	for i := range len(prefix) {
-		a.emit(asm.LoadMem(asm.R1, asm.RFP, int16(name+i), asm.Byte), asm.JNE.Imm(asm.R1, int32(prefix[i]), miss))
-	}
-	for i := 0; i < len(suffix); i += 8 {
-		part := suffix[i:min(i+8, len(suffix))]
-		// R3 = R8 + (R9 - 1) - (len(suffix) - i)
-		a.emit(
-			asm.Mov.Reg(asm.R3, asm.R8), asm.Add.Reg(asm.R3, asm.R9), asm.Sub.Imm(asm.R3, int32(1+len(suffix)-i)),
-			clear8(int16(scratch)),
-			asm.Mov.Reg(asm.R1, asm.RFP), asm.Add.Imm(asm.R1, int32(scratch)),
-			asm.Mov.Imm(asm.R2, int32(len(part))),
-			asm.FnProbeReadKernel.Call())
-		for k := range len(part) {
-			a.emit(asm.LoadMem(asm.R1, asm.RFP, int16(scratch+k), asm.Byte), asm.JNE.Imm(asm.R1, int32(part[k]), miss))
-		}
+// glob runs the automaton of pattern n over the NUL-terminated name at name of the stack. It ors the pattern's words into the stack at value, or
+// jumps to miss when it does not match. It spoils R0 to R5 and R9. All comes from the map, constants too: of what the verifier knows it would
+// look at each value on its own.
+func (a *assembler) glob(m *bpfMaps, n, words, name, value int, miss string) {
+	step, end := a.fresh("step"), a.fresh("end")
+	a.emit(
+		asm.LoadMapValue(asm.R5, m.globs.FD(), uint32(n*sizeofGlob(words))),
+		asm.LoadMem(asm.R0, asm.R5, 256*8, asm.DWord),   // stay
+		asm.LoadMem(asm.R1, asm.R5, 256*8+8, asm.DWord), // the state: 1
+		asm.Mov.Reg(asm.R4, asm.RFP), asm.Add.Imm(asm.R4, int32(name)),
+		asm.Mov.Imm(asm.R9, 0))
+	a.at(step)
+	a.emit(
+		asm.LoadMem(asm.R2, asm.R4, 0, asm.Byte),
+		asm.JEq.Imm(asm.R2, 0, end),
+		asm.LSh.Imm(asm.R2, 3),
+		asm.Mov.Reg(asm.R3, asm.R5),
+		asm.Add.Reg(asm.R3, asm.R2),
+		asm.LoadMem(asm.R3, asm.R3, 0, asm.DWord),
+		asm.And.Reg(asm.R3, asm.R1),
+		asm.LSh.Imm(asm.R3, 1),
+		asm.And.Reg(asm.R1, asm.R0),
+		asm.Or.Reg(asm.R1, asm.R3),
+		asm.Add.Imm(asm.R4, 1),
+		asm.Add.Imm(asm.R9, 1),
+		asm.JLT.Imm(asm.R9, maxName-1, step))
+	a.at(end)
+	a.emit(asm.LoadMem(asm.R2, asm.R5, 256*8+16, asm.DWord), asm.And.Reg(asm.R1, asm.R2), asm.JEq.Imm(asm.R1, 0, miss))
+	a.orFrom(asm.R5, value, 256*8+24, words)
+}
+
+// blank clears n words of the stack so that the verifier does not know what they are. It would otherwise look at all that follows once for each
+// combination of bits that may have been set by then.
+func (a *assembler) blank(off, n int) {
+	a.emit(asm.FnKtimeGetNs.Call(), asm.Mov.Reg(asm.R1, asm.R0), asm.Sub.Reg(asm.R0, asm.R1))
+	for i := range n {
+		a.emit(asm.StoreMem(asm.RFP, int16(off+8*i), asm.R0, asm.DWord))
 	}
 }

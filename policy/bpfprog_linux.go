@@ -45,11 +45,11 @@ type attribute struct {
 	free []uint64 // selectors without such a condition
 }
 
-// globBits is a pattern prefix*suffix of names, in one directory for executables.
+// globBits is a pattern of names, in one directory for executables.
 type globBits struct {
-	dir            fileID
-	prefix, suffix string
-	bits           []uint64
+	dir  fileID
+	glob *glob
+	bits []uint64
 }
 
 type ruleBits struct {

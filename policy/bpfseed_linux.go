@@ -21,8 +21,23 @@ import (
 	"github.com/mutex-proxy/mutex/policy/process"
 )
 
-// maxGlobs bounds the patterns that programs match by themselves. More are matched by looking, twice a second.
-const maxGlobs = 64
+// maxGlobs bounds the patterns that the programs match, of units and of executables each. For each cgroup made, or program started, all are tried,
+// and the verifier takes no more than 8192 jumps in a row, of which each pattern has one a byte of the name.
+const maxGlobs = 48
+
+// addGlob adds a pattern for a selector to a list.
+func addGlob(list []globBits, dir fileID, pattern string, n, bit int) ([]globBits, error) {
+	if len(list) == maxGlobs {
+		return nil, fmt.Errorf("%w: more than %d patterns of units, or of executables and their directories", ErrConflict, maxGlobs)
+	}
+	g, err := newGlob(pattern)
+	if err != nil {
+		return nil, err
+	}
+	b := globBits{dir: dir, glob: g, bits: make([]uint64, n)}
+	setBit(b.bits, bit)
+	return append(list, b), nil
+}
 
 // maxSeedRounds bounds how often all processes are looked at again, each time because the last look has found somebody new.
 const maxSeedRounds = 16
@@ -100,15 +115,13 @@ func (h *LinuxHost) fill(s *bpfState) error {
 			}
 		}
 		for _, u := range sel.Units {
-			prefix, suffix, exact, ok := globs(unitName(u))
-			k, fits := padded(prefix, maxName)
-			switch {
-			case ok && exact && fits:
+			if name := unitName(u); !exactName(name) {
+				var err error
+				if s.bits.unitGlobs, err = addGlob(s.bits.unitGlobs, fileID{}, name, n, i); err != nil {
+					return err
+				}
+			} else if k, ok := padded(name, maxName); ok {
 				units.set(k, n, i)
-			case ok && !exact && len(s.bits.unitGlobs) < maxGlobs:
-				g := globBits{prefix: prefix, suffix: suffix, bits: make([]uint64, n)}
-				setBit(g.bits, i)
-				s.bits.unitGlobs = append(s.bits.unitGlobs, g)
 			}
 		}
 		for _, pid := range sel.PIDs {
@@ -132,8 +145,11 @@ func (h *LinuxHost) fill(s *bpfState) error {
 		return err
 	}
 	globs, err := s.executables()
+	if err != nil {
+		return err
+	}
 	s.bits.exeGlobs = globs
-	return err
+	return s.maps.writeGlobs(s.bits)
 }
 
 // present reports whether a process is the one that a selector has meant since it was there first.
@@ -178,15 +194,12 @@ func (s *bpfState) executables() ([]globBits, error) {
 				if err != nil {
 					continue // a directory that is not there yet
 				}
-				prefix, suffix, exact, ok := globs(path.Base(p))
-				k, fits := padded(prefix, maxName)
-				switch {
-				case ok && exact && fits:
+				if name := path.Base(p); !exactName(name) {
+					if out, err = addGlob(out, dir, name, n, i); err != nil {
+						return nil, err
+					}
+				} else if k, ok := padded(name, maxName); ok {
 					names.set(append(dir.key(), k...), n, i)
-				case ok && !exact && len(out) < maxGlobs:
-					g := globBits{dir: dir, prefix: prefix, suffix: suffix, bits: make([]uint64, n)}
-					setBit(g.bits, i)
-					out = append(out, g)
 				}
 			}
 		}
@@ -464,7 +477,7 @@ func (s *bpfState) direct(pid int) []uint64 {
 		}
 	}
 	for _, g := range s.bits.exeGlobs {
-		if g.dir == dir && len(base) >= len(g.prefix)+len(g.suffix) && strings.HasPrefix(base, g.prefix) && strings.HasSuffix(base, g.suffix) {
+		if g.dir == dir && g.glob.match(base) {
 			or(g.bits)
 		}
 	}

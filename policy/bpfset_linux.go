@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"slices"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
@@ -28,11 +29,12 @@ type fileID struct{ Dev, Inode uint64 }
 // bpfMaps are the maps of one set of programs. A value is a bit set of selectors, but for tasks, state and owners.
 type bpfMaps struct {
 	tasks, uids, gids, cgroups, paths, units, files, names, sessions, groups, state, owners, flows *ebpf.Map
+	globs                                                                                          *ebpf.Map // nil without patterns
 }
 
 func (m *bpfMaps) each() []**ebpf.Map {
 	return []**ebpf.Map{
-		&m.tasks, &m.uids, &m.gids, &m.cgroups, &m.paths, &m.units, &m.files, &m.names, &m.sessions, &m.groups, &m.state, &m.owners, &m.flows,
+		&m.tasks, &m.uids, &m.gids, &m.cgroups, &m.paths, &m.units, &m.files, &m.names, &m.sessions, &m.groups, &m.state, &m.owners, &m.flows, &m.globs,
 	}
 }
 
@@ -103,6 +105,29 @@ func newMaps(n, tasks int, owners bool, prev *bpfMaps) (_ *bpfMaps, err error) {
 		}
 	}
 	return m, nil
+}
+
+// sizeofGlob is what a program reads of a pattern: a word for each byte, the bits that stay, the state at the beginning, the end, and the
+// selectors.
+func sizeofGlob(words int) int { return (256 + 3 + words) * 8 }
+
+// writeGlobs makes the map of the patterns, those of units first.
+func (m *bpfMaps) writeGlobs(b *selectionBits) (err error) {
+	var value []byte
+	for _, g := range slices.Concat(b.unitGlobs, b.exeGlobs) {
+		value = append(append(value, bytesOf(g.glob.next[:])...), bytesOf(append([]uint64{g.glob.stay, 1, g.glob.end}, g.bits...))...)
+	}
+	if len(value) == 0 {
+		return nil
+	}
+	m.globs, err = ebpf.NewMap(&ebpf.MapSpec{Name: "mprox_globs", Type: ebpf.Array, KeySize: 4, ValueSize: uint32(len(value)), MaxEntries: 1})
+	if err == nil {
+		err = m.globs.Update(uint32(0), value, ebpf.UpdateAny)
+	}
+	if err != nil {
+		return fmt.Errorf("bpf map globs: %w", err)
+	}
+	return nil
 }
 
 // identifier asks the kernel itself how it numbers a file: it runs a program in the calling thread.

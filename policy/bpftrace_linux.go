@@ -8,7 +8,7 @@ import (
 )
 
 // maxName bounds the names of files and cgroups that programs compare, with the NUL. A longer one is found by user space alone.
-const maxName = 64
+const maxName = 128
 
 // maxCgroupPath bounds the paths of cgroups that programs compare, with the NUL.
 const maxCgroupPath = 128
@@ -115,7 +115,7 @@ func (b *selectionBits) exec(a *assembler, m *bpfMaps) {
 	a.argument(asm.R7, 0)
 	a.read(stKey, 4, asm.R7, a.off["task_struct.tgid"])
 	a.zero(name, 16+maxName)
-	a.zero(value, 8+16*b.n)
+	a.blank(value, 1+2*b.n)
 	a.lookup(m.tasks, stKey)
 	fresh := a.fresh("new")
 	a.emit(
@@ -142,15 +142,14 @@ func (b *selectionBits) exec(a *assembler, m *bpfMaps) {
 	a.name(name + 16)
 	a.lookup(m.names, name)
 	a.orValue(value+8+8*b.n, 0, b.n)
-	for _, g := range b.exeGlobs {
+	for i, g := range b.exeGlobs {
 		miss := a.fresh("miss")
 		a.emit(
 			asm.LoadMem(asm.R1, asm.RFP, int16(name), asm.DWord),
 			asm.LoadImm(asm.R2, int64(g.dir.Dev), asm.DWord), asm.JNE.Reg(asm.R1, asm.R2, miss),
 			asm.LoadMem(asm.R1, asm.RFP, int16(name+8), asm.DWord),
 			asm.LoadImm(asm.R2, int64(g.dir.Inode), asm.DWord), asm.JNE.Reg(asm.R1, asm.R2, miss))
-		a.text(name+16, g.prefix, g.suffix, miss, stTmp)
-		a.orBits(value+8+8*b.n, g.bits)
+		a.glob(m, len(b.unitGlobs)+i, b.n, name+16, value+8+8*b.n, miss)
 		a.at(miss)
 	}
 	a.unlessEmpty(value, 1+2*b.n, "none")
@@ -167,8 +166,7 @@ func (a *assembler) identity(reg asm.Register, dst int) {
 	a.read(dst, 4, reg, a.off["super_block.s_dev"])
 }
 
-// name copies the name that R8 points to to the stack at dst, which is cleared, and leaves its length with the NUL in R9; one that is too
-// long ends as "".
+// name copies the name that R8 points to to the stack at dst, which is cleared; one that is too long ends as "".
 func (a *assembler) name(dst int) {
 	fits := a.fresh("fits")
 	a.emit(
@@ -176,9 +174,7 @@ func (a *assembler) name(dst int) {
 		asm.Mov.Imm(asm.R2, maxName),
 		asm.Mov.Reg(asm.R3, asm.R8),
 		asm.FnProbeReadKernelStr.Call(),
-		asm.Mov.Reg(asm.R9, asm.R0),
-		asm.JLT.Imm(asm.R9, maxName, fits),
-		asm.Mov.Imm(asm.R9, 0),
+		asm.JLT.Imm(asm.R0, maxName, fits),
 		asm.StoreImm(asm.RFP, int16(dst), 0, asm.Byte))
 	a.at(fits)
 }
@@ -189,7 +185,7 @@ func (b *selectionBits) mkdir(a *assembler, m *bpfMaps) {
 	name := value - maxName
 	path := name - maxCgroupPath
 	a.unified()
-	a.zero(value, 8*b.n)
+	a.blank(value, b.n)
 	a.zero(name, maxName)
 	a.zero(path, maxCgroupPath)
 	a.follow(asm.R8, asm.R7, "cgroup.kn", stTmp)
@@ -212,10 +208,9 @@ func (b *selectionBits) mkdir(a *assembler, m *bpfMaps) {
 	a.name(name)
 	a.lookup(m.units, name)
 	a.orValue(value, 0, b.n)
-	for _, g := range b.unitGlobs {
+	for i := range b.unitGlobs {
 		miss := a.fresh("miss")
-		a.text(name, g.prefix, g.suffix, miss, stTmp)
-		a.orBits(value, g.bits)
+		a.glob(m, i, b.n, name, value, miss)
 		a.at(miss)
 	}
 	a.unlessEmpty(value, b.n, "allow")

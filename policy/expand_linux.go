@@ -5,7 +5,6 @@ package policy
 import (
 	"path"
 	"path/filepath"
-	"strings"
 )
 
 // expandDir is expand for all but the last element.
@@ -21,11 +20,9 @@ func expandDir(pattern string) []string {
 func resolved(pattern string) []string {
 	var out []string
 	for _, p := range expand(pattern) {
-		if real, err := filepath.EvalSymlinks(p); err == nil && real != p && globless(real) {
+		if real, err := filepath.EvalSymlinks(p); err == nil && real != p && exactName(real) {
 			out = append(out, real)
 		}
 	}
 	return out
 }
-
-func globless(p string) bool { return !strings.ContainsAny(p, `*?[\`) }

@@ -109,7 +109,9 @@ func helperMain() {
 
 // awaitLeaderless waits until the first thread has ended.
 func awaitLeaderless(deadline time.Duration) error {
-	for end := time.Now().Add(deadline); time.Now().Before(end); time.Sleep(time.Millisecond) {
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for end := time.Now().Add(deadline); time.Now().Before(end); <-tick.C {
 		if b, _ := os.ReadFile("/proc/self/stat"); strings.Contains(string(b), ") Z ") {
 			return nil
 		}

@@ -192,16 +192,3 @@ func (s *Selection) String() string {
 	}
 	return b.String()
 }
-
-// globs splits a pattern of names with one * into what is before and behind it; exact names have no *. ok is false for patterns that only
-// user space can match.
-func globs(pattern string) (prefix, suffix string, exact, ok bool) {
-	if !strings.ContainsAny(pattern, `*?[\`) {
-		return pattern, "", true, true
-	}
-	prefix, suffix, _ = strings.Cut(pattern, "*")
-	if strings.ContainsAny(prefix+suffix, `*?[\`) || !strings.Contains(pattern, "*") {
-		return "", "", false, false
-	}
-	return prefix, suffix, false, true
-}
