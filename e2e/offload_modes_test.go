@@ -155,3 +155,60 @@ func TestOffloadModes(t *testing.T) {
 		})
 	}
 }
+
+// TestOffloadAlone: where no daemon runs, `mprox run` is its own engine, and adopts flows too.
+func TestOffloadAlone(t *testing.T) {
+	t.Parallel()
+	l := lab.New(t, lab.Options{})
+	s := l.Microsocks(t, 1082)
+	script := fmt.Sprintf("curl -sS -m 10 %s && curl -sS -m 10 %s", originURL(false, "/bytes/10"), originURL(true, "/bytes/10"))
+	r := l.Mprox(t).CLI("--log-level", "info", "run", "--proxy", s.URL(), "--", "sh", "-c", script)
+	want := 2
+	if !lab.CanAdopt() {
+		want = 0
+	}
+	if got := strings.Count(r.Stderr, `"path": "kernel"`); r.Code != 0 || got != want || strings.Count(r.Stderr, `"path": `) != 2 {
+		t.Errorf("%d flows in the kernel, want %d: %v", got, want, r)
+	}
+}
+
+// TestOffloadSidecar: with the configuration for a sidecar, and no other capability than a sidecar has, flows are adopted: all of them where ports below
+// 1024 need no privilege, as in Docker's containers, else those to ports above. The others say why.
+func TestOffloadSidecar(t *testing.T) {
+	t.Parallel()
+	w := &wire{Lab: lab.New(t, lab.Options{})}
+	w.s, w.m = w.Serve(t, 1083), w.Mprox(t)
+	template := w.m.CLI("init", "--template", "sidecar")
+	if template.Code != 0 {
+		t.Fatal(template)
+	}
+	w.m.WriteConfig(strings.Replace(template.Stdout, "socks5h://203.0.113.10:1080", w.s.URL(), 1))
+	w.m.StartCommand(w.Client.Command(append([]string{"setpriv", "--bounding-set", "-all,+net_admin"}, w.m.Args("up", "-c", w.m.ConfigPath())...)...))
+	w.m.WaitReady()
+	for _, first := range []string{"0", "1024"} {
+		if err := w.Client.Sysctl(map[string]string{"net/ipv4/ip_unprivileged_port_start": first}); err != nil {
+			t.Fatal(err)
+		}
+		for fam, a := range ways() {
+			c := dialOrigin(t, w.Lab, a, lab.PortEcho)
+			if err := echoWord(c, "hello"); err != nil {
+				t.Error(err)
+			}
+			path, why := "kernel", ""
+			switch {
+			case !lab.CanAdopt():
+				path, why = "netstack", "repair: operation not permitted"
+			case first == "1024":
+				path, why = "netstack", "bind: permission denied"
+			}
+			if f := w.flow(t, c); f.Path != path || f.PathReason != why {
+				t.Errorf("%s, ports below %s need a privilege: path %q, because %q; want %q, %q", fam, first, f.Path, f.PathReason, path, why)
+			}
+		}
+	}
+	c := dialOrigin(t, w.Lab, lab.OriginV4, lab.PortSum) // above 1024
+	defer c.Close()
+	if f := w.flow(t, c); lab.CanAdopt() && f.Path != "kernel" {
+		t.Errorf("a port above 1024: path %q, because %q", f.Path, f.PathReason)
+	}
+}
