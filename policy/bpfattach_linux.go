@@ -321,7 +321,7 @@ func (s *bpfState) attachHooks(programs map[string]*ebpf.Program) error {
 	return nil
 }
 
-// tidy pins the map that the next daemon asks, and removes pins of sets before this one.
+// tidy pins the maps that the next daemon asks, and removes pins of sets before this one.
 func (s *bpfState) tidy() error {
 	entries, err := os.ReadDir(s.dir)
 	if err != nil {
@@ -341,14 +341,17 @@ func (s *bpfState) tidy() error {
 			return fmt.Errorf("bpf pins: %w", err)
 		}
 	}
-	if err := s.maps.tasks.Pin(filepath.Join(s.dir, pinnedTasks)); err != nil {
+	if err := errors.Join(s.maps.tasks.Pin(filepath.Join(s.dir, pinnedTasks)), s.maps.state.Pin(filepath.Join(s.dir, pinnedState))); err != nil {
 		return fmt.Errorf("pin bpf map: %w", err)
 	}
 	return nil
 }
 
-// pinnedTasks is the pin of the map of tasks.
-const pinnedTasks = "tasks"
+// The pins of the map of tasks, and of what did not fit into it.
+const (
+	pinnedTasks = "tasks"
+	pinnedState = "state"
+)
 
 // closeBPF closes the descriptors. What is pinned stays.
 func (h *LinuxHost) closeBPF() {
@@ -404,13 +407,9 @@ func (h *LinuxHost) SelectState() (SelectState, error) {
 	if h.bpf == nil {
 		return SelectState{}, nil
 	}
-	b, err := h.bpf.maps.state.LookupBytes(uint32(0))
+	w, err := stateWords(h.bpf.maps.state)
 	if err != nil {
 		return SelectState{}, err
 	}
-	w := words(b)
-	if len(w) < stateSize/8 {
-		return SelectState{}, errors.New("bpf map state is too small")
-	}
-	return SelectState{Attached: slices.Sorted(maps.Keys(h.bpf.hooks)), Full: w[stateTasks/8] != 0 || w[stateGroups/8] != 0, Denied: w[stateTasksDenied/8] + w[stateGroupsDenied/8]}, nil
+	return SelectState{Attached: slices.Sorted(maps.Keys(h.bpf.hooks)), Full: w[stateTasks/8] != 0 && w[stateTasksEnd/8] == 0 || w[stateGroups/8] != 0, Denied: w[stateTasksDenied/8] + w[stateGroupsDenied/8]}, nil
 }

@@ -15,15 +15,20 @@ const (
 
 // Of the map `state`: what could not be written down, because a map was full.
 const (
-	stateTasks        = 0  // start time of the oldest process that is not known to be selected or not; 0 = none
+	stateTasks        = 0  // start time of the oldest process that is not known to be selected or not; 0 = all are known
 	stateTasksDenied  = 8  // sockets denied for that reason
 	stateGroups       = 16 // id of the oldest cgroup of that kind
 	stateGroupsDenied = 24
-	stateSize         = 32
+	stateOverflows    = 32 // how often a map was full
+	stateTasksEnd     = 40 // who began at this time, or later, is known again; 0 = nobody
+	stateSize         = 48
 )
 
 // Of a value of the map `tasks`: flags, then the bits of selectors by PID, then those by executable.
-const taskSelf = 1 // mprox itself: left alone
+const (
+	taskSelf   = 1 // mprox itself: left alone
+	taskDenied = 2 // a descendant of one that was started when the map was full: nobody can say any more whether it is selected
+)
 
 // selectionBits is a Selection in the terms of the programs: bit sets, a word for 64 selectors.
 type selectionBits struct {
@@ -266,26 +271,44 @@ func (b *selectionBits) numbered(a *assembler, m *ebpf.Map, which int32, used bo
 	a.orValue(cur, 0, b.n)
 }
 
-// denyUnknownTask denies whoever was started when the map of tasks was full already: selected or not, nobody knows.
+// denyUnknownTask denies whoever was started when the map of tasks was full: selected or not, nobody knows.
 func (b *selectionBits) denyUnknownTask(a *assembler, m *bpfMaps) {
-	fine := a.fresh("fine")
-	a.emit(asm.JNE.Imm(asm.R9, 0, fine), clear8(stTmp))
-	a.lookup(m.state, stTmp)
+	fine, unknown, deny := a.fresh("fine"), a.fresh("unknown"), a.fresh("deny")
 	a.emit(
-		asm.JEq.Imm(asm.R0, 0, fine),
-		asm.Mov.Reg(asm.R8, asm.R0),
-		asm.LoadMem(asm.R1, asm.R8, stateTasks, asm.DWord),
+		clear8(stTmp),
+		asm.JEq.Imm(asm.R9, 0, unknown),
+		asm.LoadMem(asm.R1, asm.R9, 0, asm.DWord),
+		asm.And.Imm(asm.R1, taskDenied),
 		asm.JEq.Imm(asm.R1, 0, fine))
-	a.follow(asm.R1, asm.R7, "task_struct.group_leader", stTmp)
-	a.read(stTmp, 8, asm.R1, a.off["task_struct.start_boottime"])
+	a.lookup(m.state, stTmp)
+	a.emit(asm.Mov.Reg(asm.R8, asm.R0), asm.JNE.Imm(asm.R8, 0, deny), asm.Ja.Label("deny"))
+	a.at(unknown)
+	a.lookup(m.state, stTmp)
+	a.emit(asm.JEq.Imm(asm.R0, 0, fine), asm.Mov.Reg(asm.R8, asm.R0))
+	a.unlessUnknown(asm.R7, asm.R8, stTmp, fine)
+	a.at(deny)
 	a.emit(
-		asm.LoadMem(asm.R1, asm.RFP, stTmp, asm.DWord),
-		asm.LoadMem(asm.R2, asm.R8, stateTasks, asm.DWord),
-		asm.JLT.Reg(asm.R1, asm.R2, fine),
 		asm.Mov.Imm(asm.R1, 1),
 		asm.AddAtomic.Mem(asm.R8, asm.R1, asm.DWord, stateTasksDenied),
 		asm.Ja.Label("deny"))
 	a.at(fine)
+}
+
+// unlessUnknown goes to label unless the process of the task in reg, which is not in the map, was started when that was full. state has the
+// address of the map `state`.
+func (a *assembler) unlessUnknown(reg, state asm.Register, scratch int, label string) {
+	inside := a.fresh("inside")
+	a.emit(asm.LoadMem(asm.R1, state, stateTasks, asm.DWord), asm.JEq.Imm(asm.R1, 0, label))
+	a.follow(asm.R1, reg, "task_struct.group_leader", scratch)
+	a.read(scratch, 8, asm.R1, a.off["task_struct.start_boottime"])
+	a.emit(
+		asm.LoadMem(asm.R1, asm.RFP, int16(scratch), asm.DWord),
+		asm.LoadMem(asm.R2, state, stateTasks, asm.DWord),
+		asm.JLT.Reg(asm.R1, asm.R2, label),
+		asm.LoadMem(asm.R2, state, stateTasksEnd, asm.DWord),
+		asm.JEq.Imm(asm.R2, 0, inside),
+		asm.JGE.Reg(asm.R1, asm.R2, label))
+	a.at(inside)
 }
 
 // denyUnknownCgroup does the same for cgroups: their ids only grow. R0 is the entry of the cgroup whose id is at stTmp, or 0.

@@ -229,7 +229,7 @@ func (h *LinuxHost) seed(s *bpfState, old []string) error {
 	if !s.bits.pid.used && !s.bits.exe.used {
 		return nil
 	}
-	if err := s.inherit(old); err != nil {
+	if err := errors.Join(s.inheritFull(), s.inherit(old)); err != nil {
 		return err
 	}
 	for range maxSeedRounds {
@@ -325,6 +325,7 @@ func (s *bpfState) inherit(old []string) error {
 			w := words(value)
 			half := (len(w) - 1) / 2
 			out := make([]uint64, 1+2*n)
+			out[0] = w[0] & taskDenied
 			for i, key := range old {
 				for _, bit := range now[key] {
 					if i/64 < half && w[1+i/64]>>(i%64)&1 != 0 {
@@ -486,7 +487,7 @@ func (s *bpfState) direct(pid int) []uint64 {
 
 // syncLocked writes what has come up since: cgroups and files that only user space can match. It reports whether the programs still fit.
 func (h *LinuxHost) syncLocked(s *bpfState) (same bool, err error) {
-	if err := h.seedCgroups(s); err != nil {
+	if err := errors.Join(h.recoverCgroups(s), s.recoverTasks()); err != nil {
 		return false, err
 	}
 	globs, err := s.executables()

@@ -90,7 +90,7 @@ func newMaps(n, tasks int, owners bool, prev *bpfMaps) (_ *bpfMaps, err error) {
 		{&m.names, "names", ebpf.Hash, 16 + maxName, bits, maxFiles, unix.BPF_F_NO_PREALLOC},
 		{&m.sessions, "sessions", ebpf.Hash, 4, bits, maxIDs, unix.BPF_F_NO_PREALLOC},
 		{&m.groups, "groups", ebpf.Hash, 4, bits, maxIDs, unix.BPF_F_NO_PREALLOC},
-		{&m.state, "state", ebpf.Array, 4, stateSize, 1, 0},
+		{&m.state, "state", ebpf.Array, 4, stateSize, 1, unix.BPF_F_MMAPABLE},
 		{&m.owners, "owners", ebpf.LRUHash, 8, sizeofOwner, ownerCount, 0},
 		{&m.flows, "flows", ebpf.LRUHash, sizeofFlowKey, sizeofFlow, flowCount, 0},
 	} {

@@ -62,11 +62,23 @@ func (b *selectionBits) fork(a *assembler, m *bpfMaps) {
 		asm.LoadMem(asm.R2, asm.RFP, stTmp, asm.Word),
 		asm.JEq.Reg(asm.R1, asm.R2, "allow")) // a thread
 	a.lookup(m.tasks, stKey)
-	a.emit(asm.JEq.Imm(asm.R0, 0, "none"))
-	a.zero(value, 8+16*b.n)
+	a.emit(
+		asm.JEq.Imm(asm.R0, 0, "unknown"),
+		asm.LoadMem(asm.R1, asm.R0, 0, asm.DWord),
+		asm.And.Imm(asm.R1, taskDenied),
+		asm.StoreMem(asm.RFP, int16(value), asm.R1, asm.DWord))
+	a.zero(value+8, 16*b.n)
 	a.orFrom(asm.R0, value+8, 8, 2*b.n)
 	a.andBits(value+8, b.treePID)
 	a.unlessEmpty(value, 1+2*b.n, "none")
+	b.storeTask(a, m, stTmp, value, asm.R8)
+	a.at("unknown")
+	a.emit(clear8(stTmp2))
+	a.lookup(m.state, stTmp2)
+	a.emit(asm.JEq.Imm(asm.R0, 0, "none"), asm.Mov.Reg(asm.R9, asm.R0))
+	a.unlessUnknown(asm.R7, asm.R9, stTmp2, "none")
+	a.zero(value, 8+16*b.n)
+	a.emit(asm.Mov.Imm(asm.R1, taskDenied), asm.StoreMem(asm.RFP, int16(value), asm.R1, asm.DWord))
 	b.storeTask(a, m, stTmp, value, asm.R8)
 	a.at("none")
 	a.remove(m.tasks, stTmp)
@@ -82,13 +94,18 @@ func (b *selectionBits) storeTask(a *assembler, m *bpfMaps, key, value int, reg 
 	a.overflow(m, stateTasks)
 }
 
-// overflow lowers the value at off of `state` to what is at stTmp2, and ends the program.
+// overflow counts, lowers the value at off of `state` to what is at stTmp2, and ends the program.
 func (a *assembler) overflow(m *bpfMaps, off int16) {
 	set := a.fresh("set")
 	a.emit(clear8(stTmp))
 	a.lookup(m.state, stTmp)
+	a.emit(asm.JEq.Imm(asm.R0, 0, "allow"))
+	if off == stateTasks {
+		a.emit(asm.Mov.Imm(asm.R1, 0), asm.StoreMem(asm.R0, stateTasksEnd, asm.R1, asm.DWord))
+	}
 	a.emit(
-		asm.JEq.Imm(asm.R0, 0, "allow"),
+		asm.Mov.Imm(asm.R1, 1),
+		asm.AddAtomic.Mem(asm.R0, asm.R1, asm.DWord, stateOverflows),
 		asm.LoadMem(asm.R2, asm.RFP, stTmp2, asm.DWord),
 		asm.LoadMem(asm.R1, asm.R0, off, asm.DWord),
 		asm.JEq.Imm(asm.R1, 0, set),

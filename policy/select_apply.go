@@ -134,9 +134,15 @@ func (m *Manager) syncBPF() {
 		return
 	}
 	delete(m.warned, "bpf")
-	if s, err := m.host.SelectState(); err == nil && s.Full {
+	s, err := m.host.SelectState()
+	switch {
+	case err != nil:
+	case s.Full:
 		m.warnLocked("bpf full", "more processes or cgroups are selected than the BPF maps hold: those that may be selected and are not known "+
-			"are denied sockets; restart mprox when there are fewer", zap.Uint64("denied", s.Denied))
+			"are denied sockets, until there is room", zap.Uint64("denied", s.Denied))
+	case m.warned["bpf full"]:
+		delete(m.warned, "bpf full")
+		m.log.Info("all selected processes and cgroups are known again", zap.Uint64("denied", s.Denied))
 	}
 }
 

@@ -235,22 +235,19 @@ func TestSelectNamespace(t *testing.T) {
 	l.as(out, 4001, 100).wantMark(contextMark)
 }
 
-// TestSelectFull: who does not fit into the map is denied sockets; nobody else is, and it is said.
+// TestSelectFull: who does not fit into the map is denied sockets; nobody who was there before is, and it is said. When there is room again, new
+// processes are told apart again, without a restart; orphans that nobody can place stay denied, also for the next set of programs.
 func TestSelectFull(t *testing.T) {
 	l := newLab(t)
 	l.marking = MarkingBPF
 	l.start()
 	out := l.outside()
-	root, older := l.spawn(out), l.spawn(out)
+	older := l.spawn(out)
 	spec := l.spec(ModeProcess)
-	spec.TaskLimit = 3 // the daemon, the process, one more
-	spec.Contexts[0].Select = []Selector{{PIDs: []int{root.cmd.Process.Pid}}}
-	if err := l.m.Prepare(t.Context(), spec); err != nil {
-		t.Fatal(err)
-	}
-	// A shell that is selected starts more than fit; each tries to send.
-	script := `for i in 1 2 3 4 5 6; do (echo x > /dev/udp/198.51.100.1/7100; read y) <&0 & done; wait`
-	sh := exec.Command("/bin/bash", "-c", "read go; "+script)
+	spec.TaskLimit = 8 // the daemon, the shell, six more
+	// A shell that is selected starts more than fit; each tries to send, and again when it is told to end.
+	sh := exec.Command("/bin/bash", "-c", "read go; "+
+		`for i in {1..10}; do (echo x > /dev/udp/198.51.100.1/7100; read y; echo x > /dev/udp/198.51.100.1/7101) <&0 & done; wait`)
 	in, err := sh.StdinPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -261,20 +258,51 @@ func TestSelectFull(t *testing.T) {
 		t.Fatal(err)
 	}
 	spec.Contexts[0].Select = []Selector{{PIDs: []int{sh.Process.Pid}}}
-	if err := l.m.Apply(t.Context(), spec); err != nil {
+	if err := l.m.Prepare(t.Context(), spec); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := in.Write([]byte("go\n")); err != nil {
 		t.Fatal(err)
 	}
-	l.await("denied", func() bool { s, err := l.host.SelectState(); return err == nil && s.Full && s.Denied > 0 })
+	state := func() SelectState {
+		t.Helper()
+		s, err := l.host.SelectState()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	l.await("all have tried", func() bool { return state().Full && state().Denied >= 4 })
 	older.wantMark("0x0")
 	if s := l.m.Stats(); !s.Select.Full || s.Marking != MarkingBPF {
 		t.Errorf("status: %+v", s)
 	}
-	in.Close()
+	while := l.spawn(out) // began when the map was full
+	if got := while.do("mark"); !strings.Contains(got, "not permitted") {
+		t.Errorf("nobody knows who this is, and its socket has the mark %s", got)
+	}
+
+	// The parent goes without a word, and six of the ten end.
+	if err := sh.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := in.Write([]byte(strings.Repeat("\n", 6))); err != nil {
+		t.Fatal(err)
+	}
+	l.await("there is room", func() bool { return !state().Full })
+	l.spawn(out).wantMark("0x0")
+	while.do("mark")
+	spec.Contexts[0].Select = append(spec.Contexts[0].Select, Selector{UIDs: []uint32{4001}})
+	if err := l.m.Apply(t.Context(), spec); err != nil {
+		t.Fatal(err)
+	}
+	l.spawn(out).wantMark("0x0")
+	l.as(out, 4001, 100).wantMark(contextMark)
+	denied := state().Denied
+	in.Close() // the other four
 	_ = sh.Wait()
-	if l.farSeen.has(":7100") {
+	t.Logf("%d denied, then %d; %s", denied, state().Denied, errs.String())
+	if l.farSeen.has(":710") {
 		t.Errorf("leaked: %v\n%s", l.farSeen.list(), errs.String())
 	}
 }
