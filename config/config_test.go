@@ -364,7 +364,7 @@ func TestFromFlags(t *testing.T) {
 	}
 	ctx := c.Contexts["default"]
 	got := fmt.Sprintln(c.Pools["proxies"].Members, c.Pools["proxies"].Strategy, ctx.Default, ctx.Mode, ctx.TUN, ctx.DNS.Servers, ctx.DNS.Mode, ctx.Bypass, ctx.Limits.Flows, ctx.ICMP)
-	want := "[paris proxy2 proxy3] failover proxies process {tun7 1400 auto 1} [192.0.2.53 tls://192.0.2.54] fakeip {[private 198.51.100.0/24] [123 6000-6010] [icmp]} 65536 honest\n"
+	want := "[paris proxy2 proxy3] failover proxies process {tun7 1400 auto 1} [192.0.2.53 tls://192.0.2.54] fakeip {[private 198.51.100.0/24] [123 6000-6010] [icmp] [] []} 65536 honest\n"
 	if got != want {
 		t.Errorf("got  %s\nwant %s", got, want)
 	}

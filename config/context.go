@@ -45,6 +45,9 @@ type Bypass struct {
 	Address []string    `json:"address" doc:"Addresses, CIDRs or classes: local private link-local multicast loopback public. Fake IPs belong to none."`
 	Port    []PortRange `json:"port" doc:"Destination ports: 123, or 6881-6889."`
 	Network []string    `json:"network" enum:"tcp,udp,icmp" doc:"Networks."`
+
+	Protocol []string `json:"protocol" doc:"Detected protocols, such as bittorrent."`
+	Process  []string `json:"process" doc:"File names of executables, without the directory."`
 }
 
 // Match is a set of conditions. All that are given must match; a list matches if one member does.

@@ -81,6 +81,25 @@ func (c *compiler) bypass(b *Bypass) *bypassSet {
 	return s
 }
 
+// bypassRules are the lists of Bypass for which a flow's owner or payload must be known first: they are rules, before all others.
+func (c *compiler) bypassRules(b *Bypass) []compiledRule {
+	path := contextPath(c.in.Context) + ".bypass"
+	var out []compiledRule
+	for _, r := range []struct {
+		key string
+		m   Match
+	}{{"process", Match{Process: b.Process}}, {"protocol", Match{Protocol: b.Protocol}}} {
+		if len(r.m.Process)+len(r.m.Protocol) == 0 {
+			continue
+		}
+		name := "bypass." + r.key
+		out = append(out, compiledRule{
+			set: c.match(path, &r.m, 0), decision: c.decision(path, name, "direct"), sniff: flow.Decision{Action: flow.Sniff, Rule: name},
+		})
+	}
+	return out
+}
+
 // parseAddress reads an address or a CIDR.
 func parseAddress(s string) (netip.Prefix, error) {
 	var p netip.Prefix

@@ -40,6 +40,9 @@ type Bypass struct {
 	Address []string // addresses, CIDRs, classes: local private link-local multicast loopback public
 	Port    []PortRange
 	Network []string
+
+	Protocol []string // detected ones
+	Process  []string // file names of executables
 }
 
 // PortRange is the ports from From to To, both included, 1 to 65535.

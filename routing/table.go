@@ -53,17 +53,18 @@ func Compile(in Input) (*Table, error) {
 	}
 	c.class = &classifier{fake: fake, local: local}
 	path := contextPath(in.Context)
-	t := &Table{dns: in.DNS, bypass: c.bypass(&in.Bypass), rules: make([]compiledRule, len(in.Rules))}
+	t := &Table{dns: in.DNS, bypass: c.bypass(&in.Bypass), rules: c.bypassRules(&in.Bypass)}
 	for i := range in.Rules {
 		name := "rules[" + strconv.Itoa(i) + "]"
 		rulePath := path + "." + name
-		t.rules[i] = compiledRule{
+		r := compiledRule{
 			set:      c.match(rulePath, &in.Rules[i].Match, 0),
 			decision: c.decision(rulePath+".upstream", name, in.Rules[i].Upstream),
 			sniff:    flow.Decision{Action: flow.Sniff, Rule: name},
 		}
-		t.rules[i].decision.FTP = in.Rules[i].FTP
-		t.rules[i].decision.Offload = in.Rules[i].Offload
+		r.decision.FTP = in.Rules[i].FTP
+		r.decision.Offload = in.Rules[i].Offload
+		t.rules = append(t.rules, r)
 	}
 	t.def = c.decision(path+".default", "default", in.Default)
 	if len(c.errs) > 0 {

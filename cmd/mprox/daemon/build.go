@@ -311,7 +311,7 @@ func buildRules(cfg *config.Config, name string, u *upstreams, see view) (*routi
 	}
 	in := routing.Input{
 		Context: name, Default: c.Default, DNS: c.DNS.Mode != "off", Upstreams: byName, Actions: u.actions,
-		Bypass: routing.Bypass{Address: c.Bypass.Address, Port: portRanges(c.Bypass.Port), Network: c.Bypass.Network},
+		Bypass: routing.Bypass{Address: c.Bypass.Address, Port: portRanges(c.Bypass.Port), Network: c.Bypass.Network, Protocol: c.Bypass.Protocol, Process: c.Bypass.Process},
 		Fake:   fakePrefixes(c.DNS.Fake),
 	}
 	var errs []error
