@@ -346,7 +346,7 @@ func (s *session) replies(a *assoc) {
 // It reorders ds.
 func (s *session) address(a *assoc, ds []Datagram) []Datagram {
 	now := s.h.table.clock()
-	n := 0
+	n, limited := 0, 0
 	s.mu.Lock()
 	for i := range ds {
 		src := netip.AddrPortFrom(ds[i].Addr.IP.Unmap(), ds[i].Addr.Port)
@@ -359,6 +359,10 @@ func (s *session) address(a *assoc, ds []Datagram) []Datagram {
 		default:
 			p = a.last
 		}
+		if !s.h.table.passes(false, len(ds[i].Buf)) {
+			limited++
+			continue
+		}
 		if p != nil {
 			p.received(len(ds[i].Buf), now)
 		}
@@ -367,7 +371,7 @@ func (s *session) address(a *assoc, ds []Datagram) []Datagram {
 		n++
 	}
 	s.mu.Unlock()
-	s.h.table.drop(dropBadSource, len(ds)-n)
+	s.h.table.drop(dropBadSource, len(ds)-n-limited)
 	return ds[:n]
 }
 

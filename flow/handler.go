@@ -215,6 +215,8 @@ func (h *Handler) accept(e *entry, o Offload, p Pending, up Conn, watched bool) 
 		switch {
 		case watched:
 			why = PathWatched
+		case h.table.paced():
+			why = PathPaced
 		case !held:
 			why = PathEarly
 		case !socket:

@@ -34,7 +34,10 @@ type relaying struct {
 	buffers *bufferPool
 	crew    *crew
 	fast    bool // app moves and counts the bytes itself
-	head    []byte
+	// pacing ends with the flow; nil = its bandwidth was not limited when it began.
+	pacing context.Context //nolint:containedctx // of the waits in both directions
+	hurry  context.CancelFunc
+	head   []byte
 
 	uploading sync.WaitGroup
 
@@ -56,14 +59,18 @@ type relaying struct {
 // The caller's goroutine downloads. The upload has one of the crew's, if app is a Parker only while there is something to send.
 func relay(ctx context.Context, app, up Conn, head []byte, e *entry, buffers *bufferPool, crew *crew) error {
 	r := &relaying{app: app, up: up, e: e, buffers: buffers, crew: crew, head: head}
-	if s, ok := app.(Splicer); ok && len(head) == 0 {
+	if e.t.paced() {
+		r.pacing, r.hurry = context.WithCancel(ctx)
+		defer r.hurry()
+	}
+	if s, ok := app.(Splicer); ok && len(head) == 0 && r.pacing == nil {
 		if sock, ok := up.(Socket); ok && r.spliced(ctx, s, sock) {
 			return r.close()
 		}
 	}
 	_, wt := app.(io.WriterTo)
 	_, rf := app.(io.ReaderFrom)
-	if c, ok := app.(Counted); ok && wt && rf {
+	if c, ok := app.(Counted); ok && wt && rf && r.pacing == nil {
 		c.SetCounters(&e.up, &e.down)
 		r.fast = true
 	}
@@ -109,7 +116,7 @@ func (r *relaying) upload() error {
 		_, err := r.app.(io.WriterTo).WriteTo(r.up)
 		return err
 	}
-	return r.copy(r.up, r.app, &r.e.up)
+	return r.copy(r.up, r.app, true)
 }
 
 // download moves upstream → application.
@@ -118,7 +125,7 @@ func (r *relaying) download() error {
 		_, err := r.app.(io.ReaderFrom).ReadFrom(r.up)
 		return err
 	}
-	return r.copy(r.app, r.up, &r.e.down)
+	return r.copy(r.app, r.up, false)
 }
 
 // spliced leaves the bytes to app, waits for the end of both directions, and reports whether that could be done. Who waits is the flow's own
@@ -249,6 +256,9 @@ func (r *relaying) abort(err error) {
 	r.mu.Lock()
 	r.brokenLocked(err)
 	r.mu.Unlock()
+	if r.hurry != nil {
+		r.hurry()
+	}
 	r.app.Abort()
 	r.up.Abort()
 }
@@ -274,11 +284,23 @@ func isWriteError(err error) bool {
 }
 
 // copy moves src → dst until src's end of file (nil) or an error, counting as it goes.
-func (r *relaying) copy(dst io.Writer, src io.Reader, c *Counter) error {
+func (r *relaying) copy(dst io.Writer, src io.Reader, upload bool) error {
+	c, size := &r.e.down, bufferSize
+	if upload {
+		c = &r.e.up
+	}
 	buf := r.buffers.get()
 	defer r.buffers.put(buf)
 	for {
-		n, err := src.Read(buf[:])
+		if r.pacing != nil {
+			size = r.e.t.turn()
+		}
+		n, err := src.Read(buf[:size])
+		if n > 0 && r.pacing != nil {
+			if werr := r.e.t.wait(r.pacing, upload, n); werr != nil {
+				return werr
+			}
+		}
 		if n > 0 {
 			if _, werr := dst.Write(buf[:n]); werr != nil {
 				return &WriteError{werr}

@@ -51,11 +51,12 @@ const (
 	dropDNSBusy                     // too many queries are being answered
 	dropNotDNS                      // sent to port 53, and not a query
 	dropBadSource                   // a reply from an address that the application's socket cannot have one from
+	dropRate                        // beyond the limits: of bandwidth, or of new flows, which stand for one each
 	dropReasons
 )
 
 func (r dropReason) String() string {
-	return [...]string{"table_full", "queue_full", "association_lost", "too_large", "dns_busy", "not_dns", "bad_source"}[r]
+	return [...]string{"table_full", "queue_full", "association_lost", "too_large", "dns_busy", "not_dns", "bad_source", "rate"}[r]
 }
 
 func (t *totals) drop(r dropReason, n int) {

@@ -72,6 +72,7 @@ const (
 	PathEarly    = "the application had to be answered first"
 	PathUpstream = "the upstream is not a plain socket"
 	PathWatched  = "commands inside the connection are watched"
+	PathPaced    = "its bandwidth is limited"
 )
 
 // The states of a flow.
@@ -99,6 +100,7 @@ type Table struct {
 	slots atomic.Int64 // flows that have a slot; an evicted flow gives its slot back before it has ended
 	// maxFlows is TableConfig.MaxFlows, or what SetMaxFlows has made of it.
 	maxFlows atomic.Int64
+	limits   atomic.Pointer[limits] // nil = none
 	shard    [shards]tableShard
 	totals
 
@@ -146,9 +148,13 @@ func (t *Table) SetMaxFlows(n int) {
 	t.maxFlows.Store(int64(n))
 }
 
-// add gives the flow an ID and a slot, ending the longest idle flow if there is none left. kill is called at most once, from any
+// add gives the flow an ID and a slot, ending the longest idle flow if there is none left. ErrRate, ErrTableFull. kill is called at most once, from any
 // goroutine, with none of the table's locks held, when the flow has to end; the owner then calls finish.
 func (t *Table) add(f *Flow, kill func(error)) (*entry, error) {
+	if !t.begins() {
+		t.drop(dropRate, 1)
+		return nil, ErrRate
+	}
 	for t.slots.Add(1) > t.maxFlows.Load() {
 		t.slots.Add(-1)
 		if !t.evict(ErrEvicted) {

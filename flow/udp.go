@@ -208,8 +208,10 @@ func (s *session) open(ctx context.Context, dst netip.AddrPort, now time.Time) *
 	f := s.h.newFlow(UDP, s.src, dst)
 	p := &peer{s: s, f: f, dst: dst, idle: idleOf(dst.Port())}
 	e, err := s.h.table.add(f, func(cause error) { s.end(p, ResultOK, cause) })
-	if err != nil {
+	if errors.Is(err, ErrTableFull) {
 		s.h.table.drop(dropTableFull, 1)
+	}
+	if err != nil {
 		return nil
 	}
 	p.rules = s.h.rules.Load() // if they are swapped from here on, the next datagram looks again
@@ -271,7 +273,7 @@ func idleOf(port uint16) time.Duration {
 
 // route does with one datagram what was decided, and returns the association to write it to, if there is one.
 func (s *session) route(ctx context.Context, p *peer, d *Datagram, now time.Time) *assoc {
-	if p == nil {
+	if p == nil || p.action == Forward && !s.h.table.passes(true, len(d.Buf)) {
 		return nil
 	}
 	p.e.up.addAt(uint64(len(d.Buf)), p.e.t.clockAt(now))

@@ -43,36 +43,20 @@ type upstreams struct {
 func Check(cfg *config.Config) []*config.Error {
 	ups, err := buildUpstreams(cfg, dialers.NewNet(dialers.NetConfig{}), nil)
 	errs := locate(cfg, err)
-	errs = append(errs, locate(cfg, supportedElsewhere(cfg))...)
+	errs = append(errs, locate(cfg, supported(cfg))...)
 	for _, name := range slices.Sorted(maps.Keys(cfg.Contexts)) {
 		_, err := dns.New(buildDNS(cfg, name, ups, plain, contextEnv{log: zap.NewNop()}))
 		errs = append(errs, locate(cfg, atDNS(name, err))...)
 		_, err = buildRules(cfg, name, ups, plain)
 		errs = append(errs, locate(cfg, err)...)
-		errs = append(errs, locate(cfg, supported(cfg, name))...)
+		_, err = buildSelection(cfg, name)
+		errs = append(errs, locate(cfg, err)...)
 	}
 	return errs
 }
 
-// supported refuses what the schema knows and no code does yet: a selector that is ignored would leave traffic uncaptured.
-func supported(cfg *config.Config, name string) error {
-	c := cfg.Contexts[name]
-	path := configPath("contexts", name)
-	var errs []error
-	refuse := func(given bool, key string) {
-		if given {
-			errs = append(errs, &routing.PathError{Path: path + "." + key, Err: flow.ErrNotSupported})
-		}
-	}
-	_, err := buildSelection(cfg, name)
-	errs = append(errs, err)
-	refuse(c.Limits.NewFlowsPerSecond > 0, "limits.new_flows_per_second")
-	refuse(c.Limits.Bandwidth > 0, "limits.bandwidth")
-	return errors.Join(errs...)
-}
-
-// supportedElsewhere is supported for what is not part of a context.
-func supportedElsewhere(cfg *config.Config) error {
+// supported refuses what the schema knows and no code does yet.
+func supported(cfg *config.Config) error {
 	var errs []error
 	if len(cfg.Alerts) > 0 {
 		errs = append(errs, &routing.PathError{Path: "$.alerts", Err: flow.ErrNotSupported})

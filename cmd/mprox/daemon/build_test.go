@@ -80,7 +80,6 @@ func TestCheckSaysWhere(t *testing.T) {
 
 func TestCheckRefusesKeysWithoutCode(t *testing.T) {
 	for _, tt := range []struct{ name, context, path string }{
-		{"bandwidth", `"limits": { "bandwidth": "1mbit" }`, "$.contexts.default.limits.bandwidth"},
 		{"rule", `"rules": { "geoip": "de", "upstream": "direct" }`, "$.contexts.default.rules[0].geoip"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -98,6 +98,7 @@ func newContext(cfg *config.Config, name string, slot int, ups *upstreams, env c
 	c.table = flow.NewTable(flow.TableConfig{
 		Context: name, MaxFlows: c.cfg.Limits.Flows, IDs: env.ids, Log: c.log, Recorder: env.recorder,
 	})
+	c.table.SetLimits(limits(c.cfg.Limits))
 	c.handler = flow.NewHandler(flow.HandlerConfig{
 		Context: name, Table: c.table, Names: c.names, Owner: env.owner, Tuning: tuning(c.cfg), Log: c.log,
 	})
@@ -109,6 +110,10 @@ func newContext(cfg *config.Config, name string, slot int, ups *upstreams, env c
 
 func tuning(c config.Context) flow.Tuning {
 	return flow.Tuning{DialTimeout: c.DialTimeout.D(), ICMP: icmpMode(c.ICMP), Offload: offloadOf(c.Offload)}
+}
+
+func limits(c config.Limits) flow.Limits {
+	return flow.Limits{NewFlows: c.NewFlowsPerSecond, Bandwidth: uint64(c.Bandwidth)}
 }
 
 func icmpMode(s string) flow.ICMPMode {

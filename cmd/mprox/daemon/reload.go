@@ -194,6 +194,7 @@ func (n *generation) apply(ctx context.Context) (err error) {
 		ch.commitDNS()
 		ch.c.views = ch.views
 		ch.c.table.SetMaxFlows(ch.cfg.Limits.Flows)
+		ch.c.table.SetLimits(limits(ch.cfg.Limits))
 		ch.c.tune(tuning(ch.cfg))
 		ch.c.setRules(ch.rules)
 	}
