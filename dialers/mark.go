@@ -4,6 +4,7 @@ package dialers
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -97,6 +98,9 @@ func (n *Net) dialTCP(ctx context.Context, to netip.AddrPort) (*TCPConn, error) 
 		return err
 	})
 	if err != nil {
+		if oe, ok := errors.AsType[*net.OpError](err); ok {
+			oe.Source = nil // "dial tcp :0->…": no address was asked for
+		}
 		return nil, err
 	}
 	return &TCPConn{TCPConn: c}, nil // Go's dialer sets TCP_NODELAY

@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"time"
 
@@ -96,8 +97,14 @@ func contextTable(list []client.ContextStatus) *table {
 	return t
 }
 
+// upstreamTable shows what is known of upstreams. An answer without states, that of status, says nothing of how they authenticate either.
 func upstreamTable(list []client.UpstreamStatus) *table {
-	t := &table{head: []string{"UPSTREAM", "UP", "LATENCY", "ACTIVE", "TOTAL", "ERRORS", "UDP", "IPV6", "NAMES", "BIND", "AUTH", "URL"}}
+	whole := slices.ContainsFunc(list, func(u client.UpstreamStatus) bool { return u.State != "" })
+	t := &table{head: []string{"UPSTREAM", "UP", "LATENCY", "ACTIVE", "TOTAL", "ERRORS", "UDP", "IPV6", "NAMES", "BIND"}}
+	if whole {
+		t.head = append(t.head, "AUTH")
+	}
+	t.head = append(t.head, "URL")
 	for _, u := range list {
 		latency := cell{text: "-", right: true}
 		if u.LatencySeconds > 0 {
@@ -107,8 +114,14 @@ func upstreamTable(list []client.UpstreamStatus) *table {
 		if u.State != "" && u.State != "enabled" {
 			up.text += ", " + u.State
 		}
-		t.add(text(u.Name), up, latency, number(u.Active), number(u.Total), number(u.Errors),
-			text(u.UDP), text(u.IPv6), text(u.RemoteDNS), text(u.Bind), orDash(strings.Join(u.Auth, ",")), text(u.URL))
+		row := []cell{
+			text(u.Name), up, latency, number(u.Active), number(u.Total), number(u.Errors),
+			text(u.UDP), text(u.IPv6), text(u.RemoteDNS), text(u.Bind),
+		}
+		if whole {
+			row = append(row, orDash(strings.Join(u.Auth, ",")))
+		}
+		t.add(append(row, text(u.URL))...)
 	}
 	return t
 }
