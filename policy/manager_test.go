@@ -110,7 +110,8 @@ func TestOrder(t *testing.T) {
 		t.Fatal(err)
 	}
 	log := b.host.take()
-	before(t, log, "mkdir", "move self", "sysctl net/ipv4/tcp_fwmark_accept=1", "add route unreachable default table 19760", "8859: from all nop", "8800", "8813", "8812", "8810")
+	before(t, log, "mkdir", "move self") // which goes on beside the rest
+	before(t, log, "mkdir", "sysctl net/ipv4/tcp_fwmark_accept=1", "add route unreachable default table 19760", "8859: from all nop", "8800", "8813", "8812", "8810")
 	if i := index(t, log, "nft +mprox"); i > index(t, log, "sysctl net/ipv4/tcp_fwmark_accept=1") {
 		t.Error("conntrack is not switched on first")
 	}

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 )
 
@@ -68,6 +69,10 @@ func TestSelectOlder(t *testing.T) {
 	child, lone := underShell(shell), underShell(alone)
 	orphan := underShell(shell)
 	orphan.must("orphan")
+	l.await("the shell above the orphan has ended", func() bool {
+		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", orphan.cmd.Process.Pid))
+		return err != nil || strings.Contains(string(stat), ") Z ")
+	})
 	copySelf(t, app) // the file of plain has no name any more
 	spec := l.spec(ModeProcess)
 	spec.Contexts[0].Select = []Selector{{Exes: []string{app, shell}}, {Exes: []string{alone}, Scope: ScopeCurrent}, {Exes: []string{filepath.Join(dir, "glob-*")}}}
