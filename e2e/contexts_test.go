@@ -153,3 +153,66 @@ except OSError as e:
 		return strings.Contains(kept.Log.String()+bystander.Log.String(), "errno")
 	})
 }
+
+// TestAllContexts has as many contexts as there are marks, each of a user, and passes a flow through each; one more is refused, and the end
+// leaves nothing.
+func TestAllContexts(t *testing.T) {
+	t.Parallel()
+	const n, first = 160, 5000
+	l := lab.New(t, lab.Options{})
+	s := l.Dante(t, 1080, true)
+	before := l.Snapshot(t)
+	m := l.Mprox(t)
+	config := func(n int) string {
+		var contexts []string
+		for i := range n {
+			contexts = append(contexts, fmt.Sprintf(`"c%d": { "mode": "process", "select": { "uid": %d }, "default": "p" }`, i, first+i))
+		}
+		return fmt.Sprintf(`{ "upstreams": { "p": { "url": %q } }, "contexts": { %s } }`, s.URL(), strings.Join(contexts, ", "))
+	}
+	m.WriteConfig(config(n + 1))
+	if r := m.CLI("up", "-c", m.ConfigPath()); r.Code != 3 && r.Code != 6 || strings.Count(r.Stderr, "\n") != 1 {
+		t.Errorf("161 contexts: %v", r)
+	}
+	started := time.Now()
+	m.UpConfig(config(n))
+	t.Logf("ready after %s, %d MiB", time.Since(started), m.RSS()>>20)
+	// Each user in turn, without the time that a new program takes; users beside them stay direct.
+	script := fmt.Sprintf(`
+import os, socket
+"loaded as long as this is root".encode("idna")
+for uid in range(%d, %d):
+    if (pid := os.fork()) == 0:
+        os.setgid(uid); os.setuid(uid)
+        for a in (%q, %q):
+            s = socket.create_connection((a, 80), 10); s.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            b = b""
+            while d := s.recv(4096): b += d
+            print(uid, b.split(b"hello ")[1].split(b"\n")[0].decode(), flush=True)
+        os._exit(0)
+    os.waitpid(pid, 0)`, first, first+n+1, lab.OriginV4, lab.OriginV6)
+	r := lab.Exec(t, l.Client.Command("python3", "-c", script))
+	if r.Code != 0 || strings.Count(r.Stdout, "\n") != 2*(n+1) {
+		t.Fatalf("%v", r)
+	}
+	for line := range strings.Lines(r.Stdout) {
+		uid, from, _ := strings.Cut(line, " ")
+		if proxied := fromProxy("hello " + from); proxied == (uid == strconv.Itoa(first+n)) {
+			t.Errorf("user %s comes from %s", uid, from)
+		}
+	}
+	for _, c := range m.Status().Contexts {
+		if c.FlowsTotal != 2 {
+			t.Errorf("context %s has had %d flows, want 2", c.Name, c.FlowsTotal)
+		}
+	}
+	if len(m.Status().Contexts) != n {
+		t.Errorf("%d contexts", len(m.Status().Contexts))
+	}
+	stopping := time.Now()
+	must(t, m, "down")
+	t.Logf("undone after %s", time.Since(stopping))
+	if diff := before.Diff(l.Snapshot(t)); diff != "" {
+		t.Errorf("not as before:\n%s", diff)
+	}
+}
