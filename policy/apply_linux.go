@@ -277,13 +277,15 @@ func (t *teardown) run(ctx context.Context) error {
 	if j.BPF != nil {
 		t.did(t.host.RemoveBPF(j.BPF.Dir), "bpf programs %s", j.BPF.Dir)
 	}
+	var marks []uint32
 	for _, c := range j.Contexts {
 		if c.Mode != ModeGlobal {
-			// The kernel would go on to send what they still hold, now past us.
-			if err := t.host.DestroySockets(ContextMark(j.Mask, c.Slot), j.Mask); err != nil {
-				t.log.Debug("captured connections not ended", zap.String("context", c.Name), zap.Error(err))
-			}
+			marks = append(marks, ContextMark(j.Mask, c.Slot))
 		}
+	}
+	// The kernel would go on to send what they still hold, now past us.
+	if err := t.host.DestroySockets(marks, j.Mask); err != nil {
+		t.log.Debug("captured connections not ended", zap.Error(err))
 	}
 	there, err := t.host.NFTables(j.NFT)
 	if err != nil {

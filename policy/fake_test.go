@@ -170,7 +170,7 @@ func (h *fakeHost) Sockets(context.Context) (Sockets, error) {
 	return h.snap.Sockets, nil
 }
 
-func (h *fakeHost) DestroySockets(uint32, uint32) error { return nil }
+func (h *fakeHost) DestroySockets([]uint32, uint32) error { return nil }
 
 func (h *fakeHost) ResetSockets(context.Context, Existing) (int, error) { return 0, nil }
 

@@ -40,8 +40,8 @@ type Host interface {
 
 	// Sockets lists what existed before conntrack saw it.
 	Sockets(ctx context.Context) (Sockets, error)
-	// DestroySockets ends the TCP connections whose mark is value within mask, so that the kernel sends nothing more for them.
-	DestroySockets(value, mask uint32) error
+	// DestroySockets ends the TCP connections whose mark within mask is one of values, so that the kernel sends nothing more for them.
+	DestroySockets(values []uint32, mask uint32) error
 	// ResetSockets ends the connections that e means, and returns how many.
 	ResetSockets(ctx context.Context, e Existing) (int, error)
 	// Process reads what selectors ask of a process; os.ErrNotExist without it.

@@ -307,13 +307,14 @@ func (m *Manager) recordLocked(spec Spec, plan *Plan) error {
 // endSocketsLocked ends what contexts that are about to be removed have left of connections: the kernel would go on to send their last
 // segments, past us.
 func (m *Manager) endSocketsLocked(spec Spec) {
+	var marks []uint32
 	for _, j := range m.journal.Contexts {
-		if j.Mode == ModeGlobal || slices.ContainsFunc(spec.Contexts, func(c ContextSpec) bool { return c.Slot == j.Slot }) {
-			continue
+		if j.Mode != ModeGlobal && !slices.ContainsFunc(spec.Contexts, func(c ContextSpec) bool { return c.Slot == j.Slot }) {
+			marks = append(marks, ContextMark(m.spec.Mask, j.Slot))
 		}
-		if err := m.host.DestroySockets(ContextMark(m.spec.Mask, j.Slot), m.spec.Mask); err != nil {
-			m.log.Debug("captured connections not ended", zap.String("context", j.Name), zap.Error(err))
-		}
+	}
+	if err := m.host.DestroySockets(marks, m.spec.Mask); err != nil {
+		m.log.Debug("captured connections not ended", zap.Error(err))
 	}
 }
 

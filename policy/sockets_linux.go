@@ -84,14 +84,17 @@ func clientsOf(udp []process.Socket, from, to uint16) []uint16 {
 }
 
 // DestroySockets implements Host.
-func (h *LinuxHost) DestroySockets(value, mask uint32) error {
+func (h *LinuxHost) DestroySockets(values []uint32, mask uint32) error {
+	if len(values) == 0 {
+		return nil
+	}
 	socks, err := h.diag.Dump(unix.IPPROTO_TCP, process.AllStates&^(1<<process.StateListen))
 	if err != nil {
 		return err
 	}
 	var errs error
 	for _, s := range socks {
-		if s.Mark&mask == value {
+		if slices.Contains(values, s.Mark&mask) {
 			errs = errors.Join(errs, h.diag.Destroy(s))
 		}
 	}
