@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -243,5 +244,38 @@ func TestSelectContainer(t *testing.T) {
 	}
 	if _, err := os.Stat(m.Socket); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestAttachDevice: the device in another namespace is as the configuration describes it, and its flows, as those of a gateway, say why they stay
+// with netstack.
+func TestAttachDevice(t *testing.T) {
+	t.Parallel()
+	l := lab.New(t, lab.Options{})
+	s := l.Dante(t, 1080, true)
+	inside, behind := newHost(t, l, "g1", "192.168.50", "fd50"), newHost(t, l, "g2", "192.168.60", "fd60")
+	m := l.Mprox(t)
+	m.UpConfig(fmt.Sprintf(`{ "upstreams": { "p": { "url": %q } }, "contexts": {
+		"c": { "mode": "process", "default": "p", "tun": { "offloads": "no-header", "queues": 2, "mtu": 1400 } },
+		"lan": { "mode": "gateway", "default": "p", "select": { "interface": "g2" } } } }`, s.URL()))
+	must(t, m, "attach", "--context", "c", "--container", fmt.Sprint(inside.pid))
+	if r := inside.run(t, "ip", "-d", "link", "show", "mprox-c"); !strings.Contains(r.Stdout, "multi_queue") || strings.Contains(r.Stdout, "vnet_hdr on") || !strings.Contains(r.Stdout, "mtu 1400") {
+		t.Errorf("the device: %v", r)
+	}
+	script := fmt.Sprintf("import socket, time; s = socket.create_connection((%q, %d), 10); s.sendall(b'x'); s.recv(1); time.sleep(100)", lab.OriginV4.String(), lab.PortEcho)
+	for _, tt := range []struct {
+		h       host
+		context string
+		want    string
+	}{{inside, "c", "the application is in another network namespace"}, {behind, "lan", "the application is on another host"}} {
+		lab.Start(t, "client", exec.Command("nsenter", "--net", "-t", fmt.Sprint(tt.h.pid), "python3", "-c", script))
+		var got []lab.Flow
+		lab.Eventually(t, 10*time.Second, "an established flow", func() bool {
+			got = slices.DeleteFunc(m.Flows(), func(f lab.Flow) bool { return f.Context != tt.context || f.Network != "tcp" || f.State != "established" })
+			return len(got) == 1
+		})
+		if got[0].Path != "netstack" || got[0].PathReason != tt.want {
+			t.Errorf("%s: by %s, since %q", tt.context, got[0].Path, got[0].PathReason)
+		}
 	}
 }

@@ -40,6 +40,7 @@ type HandlerConfig struct {
 	Owner   Owner   // nil = nobody is known
 	Sniffer Sniffer // nil = a rule that needs payload blocks
 	Tuning  Tuning
+	Apart   string           // why the kernel can take over none of the flows that come here, PathContainer say; "" = it can
 	Log     *zap.Logger      // nil = none
 	Now     func() time.Time // nil = the table's
 }
@@ -213,6 +214,8 @@ func (h *Handler) accept(e *entry, o Offload, p Pending, up Conn, watched bool) 
 		a, held := p.(Adopter)
 		_, socket := up.(Socket)
 		switch {
+		case h.cfg.Apart != "":
+			why = h.cfg.Apart
 		case watched:
 			why = PathWatched
 		case h.table.paced():

@@ -73,6 +73,9 @@ const (
 	PathUpstream = "the upstream is not a plain socket"
 	PathWatched  = "commands inside the connection are watched"
 	PathPaced    = "its bandwidth is limited"
+
+	PathContainer = "the application is in another network namespace"
+	PathForwarded = "the application is on another host"
 )
 
 // The states of a flow.

@@ -99,8 +99,12 @@ func newContext(cfg *config.Config, name string, slot int, ups *upstreams, env c
 		Context: name, MaxFlows: c.cfg.Limits.Flows, IDs: env.ids, Log: c.log, Recorder: env.recorder,
 	})
 	c.table.SetLimits(limits(c.cfg.Limits))
+	apart := ""
+	if c.cfg.Mode == "gateway" { // flows of other hosts cannot end at a socket of this machine
+		apart = flow.PathForwarded
+	}
 	c.handler = flow.NewHandler(flow.HandlerConfig{
-		Context: name, Table: c.table, Names: c.names, Owner: env.owner, Tuning: tuning(c.cfg), Log: c.log,
+		Context: name, Table: c.table, Names: c.names, Owner: env.owner, Tuning: tuning(c.cfg), Apart: apart, Log: c.log,
 	})
 	ch.commitDNS()
 	c.views = ch.views
@@ -151,7 +155,7 @@ func (c *liveContext) open(ctx context.Context) (err error) {
 		return fmt.Errorf("context %s: dns listener: %w", c.name, err)
 	}
 	cfg := stack.Config{Device: dev, Handler: c.handler, Log: c.log}
-	if c.cfg.Mode != "gateway" { // flows of other hosts cannot end at a socket of this machine
+	if c.cfg.Mode != "gateway" {
 		cfg.Offload = &offload.Config{Mark: c.accelMark, TTL: policy.AccelTTL}
 		cfg.Forget = func(src, dst netip.AddrPort) {
 			if err := c.forget(src, dst); err != nil {

@@ -11,6 +11,7 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 
+	"github.com/mutex-proxy/mutex/config"
 	"github.com/mutex-proxy/mutex/dialers"
 	"github.com/mutex-proxy/mutex/dns"
 	"github.com/mutex-proxy/mutex/flow"
@@ -53,7 +54,7 @@ func (s *seat) open(ctx context.Context) error {
 		return err
 	}
 	err = s.host.Inside(func() (err error) {
-		s.device, err = tun.Open(tun.Config{Name: s.c.deviceName(), MTU: s.c.mtu()})
+		s.device, err = tun.Open(tunConfig(s.c.deviceName(), s.c.tun()))
 		return err
 	})
 	if err != nil {
@@ -64,7 +65,6 @@ func (s *seat) open(ctx context.Context) error {
 	}
 	s.handler = s.c.newHandler(owner{s.owners, s.d.metrics})
 	s.c.seated(s)
-	// Flows are not adopted into the kernel: sockets for them would have to be made in the container's namespace.
 	if s.stack, err = stack.New(stack.Config{Device: s.device, Handler: s.handler, Log: s.log}); err != nil {
 		return fmt.Errorf("netstack: %w", err)
 	}
@@ -152,18 +152,21 @@ func (s *seat) close(mode policy.StopMode) error {
 	return errors.Join(append(errs, s.host.Close())...)
 }
 
-// mtu is that of the context's devices.
-func (c *liveContext) mtu() int {
+// tun describes the context's devices.
+func (c *liveContext) tun() config.TUN {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.cfg.TUN.MTU
+	return c.cfg.TUN
 }
 
-// newHandler makes one more entrance to the context, with an owner's look-up of its own.
+// newHandler makes one more entrance to the context, with an owner's look-up of its own. Sockets for adopted flows would have to be made in the
+// container's namespace.
 func (c *liveContext) newHandler(who flow.Owner) *flow.Handler {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return flow.NewHandler(flow.HandlerConfig{Context: c.name, Table: c.table, Names: c.names, Owner: who, Tuning: tuning(c.cfg), Log: c.log})
+	return flow.NewHandler(flow.HandlerConfig{
+		Context: c.name, Table: c.table, Names: c.names, Owner: who, Tuning: tuning(c.cfg), Apart: flow.PathContainer, Log: c.log,
+	})
 }
 
 // seated lets a seat follow the context's rules. Until then its handler blocks everything.
