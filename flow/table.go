@@ -68,12 +68,11 @@ const (
 
 // Why a flow is not adopted, besides errors of the kernel's.
 const (
-	PathOff      = "off"
-	PathEarly    = "the application had to be answered first"
-	PathUpstream = "the upstream is not a plain socket"
-	PathWatched  = "commands inside the connection are watched"
-	PathPaced    = "its bandwidth is limited"
-
+	PathOff       = "off"
+	PathEarly     = "the application had to be answered first"
+	PathUpstream  = "the upstream is not a plain socket"
+	PathWatched   = "commands inside the connection are watched"
+	PathPaced     = "its bandwidth is limited"
 	PathContainer = "the application is in another network namespace"
 	PathForwarded = "the application is on another host"
 )
