@@ -29,6 +29,8 @@ import (
 type conn struct {
 	t             *tcpFront
 	local, remote *net.TCPAddr // remote is the application
+	opened        bool         // by the application, with
+	seq           uint32       // of its SYN
 
 	ep    tcpip.Endpoint
 	queue waiter.Queue
@@ -281,7 +283,7 @@ func (c *conn) Close() error {
 	if !c.closed.CompareAndSwap(false, true) {
 		return nil
 	}
-	c.t.open.Add(-1)
+	c.over()
 	// Without a bound, an application that stopped reading would keep a closed connection's data for as long as it lives.
 	limit := tcpip.TCPUserTimeoutOption(orphanTimeout)
 	_ = c.ep.SetSockOpt(&limit)
@@ -290,11 +292,19 @@ func (c *conn) Close() error {
 	return nil
 }
 
+// over counts the connection as ended.
+func (c *conn) over() {
+	c.t.open.Add(-1)
+	if c.opened {
+		c.t.late.note(endpointID(c.local.AddrPort(), c.remote.AddrPort()), c.seq)
+	}
+}
+
 // Abort sends RST and discards what is queued. It is safe after Close, and then cuts short what Close left to do.
 func (c *conn) Abort() {
 	first := c.closed.CompareAndSwap(false, true)
 	if first {
-		c.t.open.Add(-1)
+		c.over()
 	}
 	// An endpoint that is closed and has reached its end was cleaned up: nothing may touch it again.
 	if s := tcp.EndpointState(c.ep.State()); first || s != tcp.StateClose && s != tcp.StateError {

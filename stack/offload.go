@@ -104,6 +104,9 @@ func (c *adopted) Abort() {
 func (c *adopted) forget() {
 	if c.t.adopted.drop(c) {
 		c.t.open.Add(-1)
+		if c.Answered() {
+			c.t.late.note(c.id, c.seq)
+		}
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
 
 	"github.com/mutex-proxy/mutex/flow"
 	"github.com/mutex-proxy/mutex/tun"
@@ -165,6 +166,51 @@ func TestReuseWhileOpen(t *testing.T) {
 				t.Error(err)
 			}
 		})
+	}
+}
+
+// TestLateSYN: a repeated SYN that is read when its connection is over opens no other one; one with another sequence number does.
+func TestLateSYN(t *testing.T) {
+	for _, v := range variants()[:2] {
+		t.Run(v.name, func(t *testing.T) {
+			calls := make(chan struct{}, 4)
+			s, dev := startStack(t, &handler{tcp: func(_ context.Context, _, _ netip.AddrPort, p flow.Pending) {
+				calls <- struct{}{}
+				if c, err := p.Accept(); err == nil {
+					_, _ = c.Read(make([]byte, 1))
+					_ = c.Close()
+				}
+			}}, true, nil)
+			a := startRawApp(t, v, dev)
+			if _, err := a.open(t, 1000); err != nil {
+				t.Fatal(err)
+			}
+			eventually(t, func() bool { return s.Stats().OpenTCP == 1 })
+			a.send(t, header.TCPFlagRst, 1001, 0)
+			eventually(t, func() bool { return s.Stats().OpenTCP == 0 })
+			a.send(t, header.TCPFlagSyn, 1000, 0)
+			if _, err := a.open(t, 500_000); err != nil { // read after the other
+				t.Error(err)
+			}
+			if n := len(calls); n != 2 {
+				t.Errorf("%d connections, want 2", n)
+			}
+		})
+	}
+}
+
+// TestLateBound: no more than lateMax are remembered, the last ones.
+func TestLateBound(t *testing.T) {
+	var l late
+	id := func(n int) stack.TransportEndpointID { return stack.TransportEndpointID{LocalPort: uint16(n)} }
+	for n := range 3 * lateMax {
+		l.note(id(n), uint32(n))
+	}
+	if len(l.syns) != lateMax || len(l.ring) != lateMax {
+		t.Errorf("%d and %d", len(l.syns), len(l.ring))
+	}
+	if l.is(id(2*lateMax-1), 2*lateMax-1) || !l.is(id(2*lateMax), 2*lateMax) || l.is(id(3*lateMax-1), 0) {
+		t.Error("not the last ones")
 	}
 }
 

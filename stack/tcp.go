@@ -60,6 +60,7 @@ func bufferSize(n int64) int64 {
 type syn struct {
 	quote [128]byte // its IP and TCP header, for ICMP: at most 60 + 60 bytes over IPv4
 	n     int
+	seq   uint32
 }
 
 // tcpFront stands in front of netstack's forwarder: it holds what the forwarder does not keep (the SYN itself) or not bound (a source's share).
@@ -71,6 +72,7 @@ type tcpFront struct {
 	open      atomic.Int64 // accepted and not closed connections
 	adopted   adoptions
 	reuse     *reuse
+	late      late
 
 	mu        sync.Mutex
 	pending   map[stack.TransportEndpointID]*syn
@@ -107,6 +109,8 @@ func (t *tcpFront) handle(id stack.TransportEndpointID, pkt *stack.PacketBuffer)
 	case flags != header.TCPFlagSyn: // SYN with RST or FIN: nobody sends that in good faith
 		t.s.count.drop(dropMalformed)
 		return true
+	case t.late.is(id, h.SequenceNumber()):
+		return true
 	}
 	switch taken, why := t.reserve(id, pkt); {
 	case !taken && why == numDrops: // asked before; the answer is on its way
@@ -136,7 +140,7 @@ func (t *tcpFront) reserve(id stack.TransportEndpointID, pkt *stack.PacketBuffer
 	case t.perSource[id.RemoteAddress] >= max(t.max/sourceShare, 1):
 		return false, dropSYNSource
 	}
-	p := &syn{}
+	p := &syn{seq: header.TCP(pkt.TransportHeader().Slice()).SequenceNumber()}
 	p.n = copy(p.quote[:], pkt.NetworkHeader().Slice())
 	p.n += copy(p.quote[p.n:], pkt.TransportHeader().Slice())
 	t.pending[id] = p
@@ -208,6 +212,7 @@ func (p *pending) Accept() (flow.Conn, error) {
 		return nil, errAnswered
 	}
 	c := newConn(p.t, p.id)
+	c.opened, c.seq = true, p.syn.seq
 	overdue := time.AfterFunc(cmp.Or(p.t.handshake, handshakeTime), p.t.abandon(p.id))
 	ep, err := p.req.CreateEndpoint(&c.queue)
 	overdue.Stop()

@@ -62,6 +62,12 @@ func (c *Conn) confirmed() (bool, error) {
 	return info.Segs_in > 0, nil
 }
 
+// Answered says whether the application's kernel has been heard of, if only by a reset.
+func (c *Conn) Answered() bool {
+	ok, err := c.confirmed()
+	return ok || err != nil
+}
+
 // unconfirmed ends a connection that nobody has ever answered for.
 func (c *Conn) unconfirmed() {
 	if ok, err := c.confirmed(); !ok || err != nil {
