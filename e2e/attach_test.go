@@ -271,7 +271,9 @@ func TestAttachDevice(t *testing.T) {
 		lab.Start(t, "client", exec.Command("nsenter", "--net", "-t", fmt.Sprint(tt.h.pid), "python3", "-c", script))
 		var got []lab.Flow
 		lab.Eventually(t, 10*time.Second, "an established flow", func() bool {
-			got = slices.DeleteFunc(m.Flows(), func(f lab.Flow) bool { return f.Context != tt.context || f.Network != "tcp" || f.State != "established" })
+			got = slices.DeleteFunc(m.Flows(), func(f lab.Flow) bool {
+				return f.Context != tt.context || f.Network != "tcp" || f.State != "established"
+			})
 			return len(got) == 1
 		})
 		if got[0].Path != "netstack" || got[0].PathReason != tt.want {

@@ -7,8 +7,9 @@ import (
 	"github.com/cilium/ebpf/asm"
 )
 
-// maxName bounds the names of files and cgroups that programs compare, with the NUL. A longer one is found by user space alone.
-const maxName = 128
+// maxName bounds the names of files and cgroups that programs compare, with the NUL: beside the words of all selectors no more fits on the stack of
+// one. A longer one is found by user space alone.
+const maxName = 96
 
 // maxCgroupPath bounds the paths of cgroups that programs compare, with the NUL.
 const maxCgroupPath = 128

@@ -3,16 +3,20 @@
 package policy
 
 import (
+	"bytes"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
+	"golang.org/x/sys/unix"
 )
 
 func goodJournal() journal {
@@ -146,6 +150,38 @@ func FuzzAttrs(f *testing.F) {
 		}
 		if total > len(b) {
 			t.Fatalf("%d bytes from %d", total, len(b))
+		}
+	})
+}
+
+// FuzzSplitAnswers: what the kernel answers is split into copies of what it holds, and an answer that ends in the middle of a message says so.
+func FuzzSplitAnswers(f *testing.F) {
+	message := func(typ uint16, seq uint32, data ...byte) []byte {
+		ne := binary.NativeEndian
+		b := ne.AppendUint32(nil, uint32(nlmsgHeader+len(data)))
+		b = ne.AppendUint16(ne.AppendUint16(b, typ), 0)
+		b = append(ne.AppendUint32(ne.AppendUint32(b, seq), 0), data...)
+		return append(b, make([]byte, -len(data)&(nlmsgAlign-1))...)
+	}
+	f.Add(slices.Concat(message(0xa00, 7, 1, 2, 3, 4, 5), message(0xa00, 6, 1, 2, 3, 4), message(unix.NLMSG_DONE, 7, 0, 0, 0, 0)), true)
+	f.Add(message(unix.NLMSG_ERROR, 7, 0xfe, 0xff, 0xff, 0xff), false)
+	f.Add(message(0xa00, 7, 1, 2, 3, 4)[:18], false)
+	f.Fuzz(func(t *testing.T, b []byte, dump bool) {
+		given := slices.Clone(b)
+		out, done, err := splitAnswers(b, 7, dump, nil)
+		total := 0
+		for _, data := range out {
+			if len(data) < 4 {
+				t.Fatalf("%d bytes of data", len(data))
+			}
+			total += len(data) + nlmsgHeader
+			clear(data) // a copy
+		}
+		if total > len(b) || !bytes.Equal(b, given) {
+			t.Fatalf("%d bytes from %d, or not copies", total, len(b))
+		}
+		if err != nil && !done || dump && done && len(b) < nlmsgHeader {
+			t.Fatalf("done %v, %v", done, err)
 		}
 	})
 }

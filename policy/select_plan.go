@@ -26,7 +26,7 @@ func (s Scope) String() string {
 }
 
 // maxSelectors bounds the selectors of all contexts together that BPF decides on: a bit each, and no program keeps more on its stack.
-const maxSelectors = 1024
+const maxSelectors = 1280
 
 // Selection is what the BPF programs decide by: selectors, a bit each, and rules over them, of which the first that matches wins.
 type Selection struct {
@@ -159,7 +159,7 @@ func (s *Selection) rules(spec Spec, snap Snapshot) {
 	}
 }
 
-// words is how many times 64 bits the selectors need: 1, 4 or 16, so that a change seldom changes the shape of the maps.
+// words is how many times 64 bits the selectors need: 1, 4 or 20, so that a change seldom changes the shape of the maps.
 func (s *Selection) words() int {
 	switch n := len(s.Selectors); {
 	case n <= 64:
@@ -167,7 +167,7 @@ func (s *Selection) words() int {
 	case n <= 256:
 		return 4
 	}
-	return 16
+	return maxSelectors / 64
 }
 
 // String is the section of the plan's text.
