@@ -30,19 +30,11 @@ type stream struct {
 // overTCP serves an association in the stream. granted is the reply that grants it, refused makes one that does not.
 func (c *session) overTCP(dst flow.Addr, granted []byte, refused func(error) []byte) error {
 	c.dst = "udp over tcp"
-	select {
-	case c.s.udp <- struct{}{}:
-		defer func() { <-c.s.udp }()
-	default:
-		c.refuse(refused(errTooMany))
-		return errTooMany
-	}
-	out, err := c.s.cfg.Dialer.ListenPacket(c.ctx, nil)
+	out, end, err := c.outside(refused)
 	if err != nil {
-		c.refuse(refused(err))
 		return err
 	}
-	defer func() { _ = out.Close() }()
+	defer end()
 	if _, err := c.conn.Write(granted); err != nil {
 		return err
 	}

@@ -39,39 +39,56 @@ var errTooMany = errors.New("too many associations")
 // port is believed, and only if the address is the client's.
 func (c *session) associate(from flow.Addr) error {
 	c.dst = "udp"
-	select {
-	case c.s.udp <- struct{}{}:
-		defer func() { <-c.s.udp }()
-	default:
-		c.refuse(socksReply(repGeneral, netip.AddrPort{}))
-		return errTooMany
+	refused := func(err error) []byte {
+		switch {
+		case errors.Is(err, errTooMany):
+			return socksReply(repGeneral, netip.AddrPort{})
+		case errors.Is(err, errors.ErrUnsupported):
+			return socksReply(repCommand, netip.AddrPort{})
+		}
+		return socksReply(repOf(err), netip.AddrPort{})
 	}
+	out, end, err := c.outside(refused)
+	if err != nil {
+		return err
+	}
+	defer end()
 	c.granted.Store(true)
-	a := &association{c: c, client: c.clientAddr()}
+	a := &association{c: c, client: c.clientAddr(), out: out}
 	if from.IP == a.client {
 		a.port.Store(uint32(from.Port))
 	}
 	local := c.conn.LocalAddr().(*net.TCPAddr).AddrPort().Addr().Unmap()
-	var err error
 	if a.in, err = c.s.cfg.Net.ListenUDP(c.ctx, netip.AddrPortFrom(local, 0)); err != nil {
 		c.refuse(socksReply(repGeneral, netip.AddrPort{}))
 		return err
 	}
 	defer func() { _ = a.in.Close() }()
-	if a.out, err = c.s.cfg.Dialer.ListenPacket(c.ctx, nil); err != nil {
-		rep := repOf(err)
-		if errors.Is(err, errors.ErrUnsupported) {
-			rep = repCommand
-		}
-		c.refuse(socksReply(rep, netip.AddrPort{}))
-		return err
-	}
-	defer func() { _ = a.out.Close() }()
 	if _, err = c.conn.Write(socksReply(repSucceeded, a.in.LocalAddr().(*net.UDPAddr).AddrPort())); err != nil {
 		return err
 	}
 	_ = c.conn.SetDeadline(time.Time{})
 	return c.moveDatagrams(&a.last, a.close, a.control, a.up, a.down)
+}
+
+// outside takes one of the places for associations, opens the side of one that is not the client's, or refuses it. end closes that and gives the
+// place back.
+func (c *session) outside(refused func(error) []byte) (out flow.PacketConn, end func(), err error) {
+	select {
+	case c.s.udp <- struct{}{}:
+	default:
+		c.refuse(refused(errTooMany))
+		return nil, nil, errTooMany
+	}
+	if out, err = c.s.cfg.Dialer.ListenPacket(c.ctx, nil); err != nil {
+		<-c.s.udp
+		c.refuse(refused(err))
+		return nil, nil, err
+	}
+	return out, func() {
+		_ = out.Close()
+		<-c.s.udp
+	}, nil
 }
 
 // control reads the control connection until it ends; nothing else is expected of it.
