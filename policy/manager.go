@@ -62,6 +62,7 @@ type Manager struct {
 	pids      map[int]*pidGroup      // selected processes; nil = was not there
 	selected  *Selection             // by BPF; nil = nobody
 	bpfErr    error                  // why the kernel refuses BPF
+	later     bool                   // programs that decide nothing are still to be attached
 	entering  <-chan error           // how the daemon's move into its cgroup ends; nil = it is not being moved
 	stopWatch context.CancelFunc
 	watching  sync.WaitGroup

@@ -143,12 +143,13 @@ func TestSelectPID(t *testing.T) {
 // TestOwnersLater: programs that decide nothing do not hold up the start; those that do are there when it returns.
 func TestOwnersLater(t *testing.T) {
 	for _, k := range []struct {
-		name   string
-		change func(*Spec)
-		atOnce bool
+		name           string
+		change         func(*Spec)
+		atOnce, settle bool
 	}{
-		{"owners", func(*Spec) {}, false},
-		{"owners and who is left alone", func(s *Spec) { s.Contexts[0].Exclude = []Selector{{UIDs: []uint32{7}}} }, true},
+		{"owners", func(*Spec) {}, false, false},
+		{"owners, settled", func(*Spec) {}, false, true},
+		{"owners and who is left alone", func(s *Spec) { s.Contexts[0].Exclude = []Selector{{UIDs: []uint32{7}}} }, true, true},
 	} {
 		b := newBench(t)
 		b.spec.Owners = true
@@ -168,8 +169,14 @@ func TestOwnersLater(t *testing.T) {
 			if got := attached(); got != k.atOnce {
 				t.Errorf("%s: attached by Apply: %t", k.name, got)
 			}
-			time.Sleep(2 * settle) //nolint:forbidigo // virtual time
-			synctest.Wait()
+			if k.settle {
+				if err := b.m.Settle(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+			} else {
+				time.Sleep(2 * settle) //nolint:forbidigo // virtual time
+				synctest.Wait()
+			}
 			if !attached() {
 				t.Errorf("%s: not attached", k.name)
 			}

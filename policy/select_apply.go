@@ -3,6 +3,7 @@
 package policy
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"path"
@@ -48,7 +49,7 @@ func (m *Manager) applyBPFLocked(plan *Plan, repair bool) (refused bool, err err
 		m.selected = nil
 		return false, m.removeBPFLocked()
 	}
-	if !repair && m.onlyOwnersLocked(plan.Select) {
+	if m.later = !repair && m.onlyOwnersLocked(plan.Select); m.later {
 		m.wake()
 		return false, nil
 	}
@@ -72,8 +73,8 @@ func (m *Manager) applyBPFLocked(plan *Plan, repair bool) (refused bool, err err
 }
 
 // onlyOwnersLocked reports whether a selection decides nothing that is not in force: it only writes down whose sockets are whose. Attaching takes
-// 10 to 30 ms, of waiting mostly, which the start of a daemon or of a context does not pass on to the first connection: it is done with the
-// next repair. A socket made before is known by other means, as one older than the daemon is.
+// 10 to 30 ms, of waiting mostly, which are not passed on to the first connection of a daemon or a context: it is done by Settle, or with the next
+// repair. A socket made before is known by other means, as one older than the daemon is.
 func (m *Manager) onlyOwnersLocked(sel *Selection) bool {
 	switch {
 	case m.cfg.Marking == MarkingBPF: // whose refusal is an error of this call
@@ -82,6 +83,19 @@ func (m *Manager) onlyOwnersLocked(sel *Selection) bool {
 		return m.selected.same(sel)
 	}
 	return len(sel.Rules) == 0 && m.journal.BPF == nil
+}
+
+// Settle does what Apply has left for later, because nothing that passes needs it.
+func (m *Manager) Settle(ctx context.Context) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closed || !m.prepared {
+		return ErrClosed
+	}
+	if !m.later {
+		return nil
+	}
+	return m.convergeLocked(ctx, m.spec, true)
 }
 
 func (m *Manager) attachBPFLocked(dir string, sel *Selection, repair bool) error {

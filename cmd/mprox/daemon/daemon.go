@@ -192,6 +192,9 @@ func (d *Daemon) start(ctx context.Context) error {
 	}
 	d.welcome(ctx)
 	d.ups.startChecks()
+	if err := d.manager.Settle(ctx); err != nil { // tried again with the next repair
+		d.log.Warn("whose flows are whose is not written down yet", zap.Error(err))
+	}
 	d.server = control.NewServer(control.Config{
 		Socket: d.opt.Socket, Group: d.cfg.Control.Group, UserLeases: d.cfg.Control.UserLeases, HTTPListen: d.cfg.HTTP.Listen, Backend: backend{d}, Metrics: d.metrics, Log: d.log,
 	})
