@@ -85,7 +85,7 @@ func parseFlags(args []string, w io.Writer) (options, error) {
 	fs.StringVar(&o.binary, "mprox", "", "`path` of the engine; default: built from this tree")
 	fs.StringVar(&o.other, "other", "", "`path` of another build of mprox, measured in turns with the first")
 	fs.StringVar(&rows, "rows", "", "comma list of rows, or of beginnings of their names: "+strings.Join(rowNames(), " "))
-	fs.StringVar(&skip, "skip", "", "comma list of subjects to leave out: plain upstream floor splice mprox netstack other peer")
+	fs.StringVar(&skip, "skip", "", "comma list of subjects to leave out: plain upstream floor splice tproxy mprox netstack other peer")
 	fs.IntVar(&o.reps, "reps", 5, "repetitions of each row")
 	fs.Float64Var(&o.seconds, "seconds", 2, "length of one measurement")
 	fs.BoolVar(&quick, "quick", false, "one repetition of half a second, no waiting for memory to be given back")
@@ -128,16 +128,17 @@ func runBench(ctx context.Context, o options) error {
 		return errors.New("namespaces need root")
 	}
 	rep := &report{Server: o.server, Reps: o.reps, Seconds: o.seconds, Time: time.Now().UTC().Truncate(time.Minute)}
+	var err error
 	for _, link := range linkNames() {
-		if err := measureLink(ctx, o, link, rep); err != nil {
-			return err
+		if err = measureLink(ctx, o, link, rep); err != nil {
+			break
 		}
 	}
-	rep.print(os.Stdout)
+	rep.print(os.Stdout) // what was measured before an error, or Ctrl-C, too
 	if o.out == "-" {
-		return nil
+		return err
 	}
-	return rep.save(o.out)
+	return errors.Join(err, rep.save(o.out))
 }
 
 // measureLink measures the rows of one link in a lab of its own.
