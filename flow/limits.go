@@ -55,18 +55,16 @@ func (t *Table) SetLimits(l Limits) {
 
 // begins reports whether one more flow may begin now.
 func (t *Table) begins() bool {
-	l := t.limits.Load()
-	return l == nil || l.flows == nil || l.flows.AllowN(t.cfg.Now(), 1)
+	flows := t.limits.Load().flows
+	return flows == nil || flows.AllowN(t.cfg.Now(), 1)
 }
 
 // paced reports whether bytes have to come by here, for their bandwidth is limited.
-func (t *Table) paced() bool {
-	l := t.limits.Load()
-	return l != nil && l.up != nil
-}
+func (t *Table) paced() bool { return t.way(true) != nil }
 
 // way is the limiter of a direction; nil = none.
-func (l *limits) way(upload bool) *rate.Limiter {
+func (t *Table) way(upload bool) *rate.Limiter {
+	l := t.limits.Load()
 	if upload {
 		return l.up
 	}
@@ -75,11 +73,11 @@ func (l *limits) way(upload bool) *rate.Limiter {
 
 // passes reports whether a datagram of n bytes may go on now.
 func (t *Table) passes(upload bool, n int) bool {
-	l := t.limits.Load()
-	if l == nil || l.up == nil {
+	w := t.way(upload)
+	if w == nil {
 		return true
 	}
-	w, now := l.way(upload), t.cfg.Now()
+	now := t.cfg.Now()
 	r := w.ReserveN(now, min(n, w.Burst()))
 	if r.DelayFrom(now) <= limitDebt {
 		return true
@@ -90,21 +88,11 @@ func (t *Table) passes(upload bool, n int) bool {
 }
 
 // turn is how much of a connection may be read next.
-func (t *Table) turn() int {
-	if l := t.limits.Load(); l != nil {
-		return l.turn
-	}
-	return bufferSize
-}
+func (t *Table) turn() int { return t.limits.Load().turn }
 
 // wait returns when n bytes of a connection, at most a turn, may go on, or with the cause of ctx's end.
 func (t *Table) wait(ctx context.Context, upload bool, n int) error {
-	l := t.limits.Load()
-	if l == nil || l.up == nil {
-		return nil
-	}
-	w := l.way(upload)
-	if w.WaitN(ctx, min(n, w.Burst())) != nil {
+	if w := t.way(upload); w != nil && w.WaitN(ctx, min(n, w.Burst())) != nil {
 		return context.Cause(ctx)
 	}
 	return nil

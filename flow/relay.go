@@ -296,12 +296,12 @@ func (r *relaying) copy(dst io.Writer, src io.Reader, upload bool) error {
 			size = r.e.t.turn()
 		}
 		n, err := src.Read(buf[:size])
-		if n > 0 && r.pacing != nil {
-			if werr := r.e.t.wait(r.pacing, upload, n); werr != nil {
-				return werr
-			}
-		}
 		if n > 0 {
+			if r.pacing != nil {
+				if werr := r.e.t.wait(r.pacing, upload, n); werr != nil {
+					return werr
+				}
+			}
 			if _, werr := dst.Write(buf[:n]); werr != nil {
 				return &WriteError{werr}
 			}

@@ -102,7 +102,7 @@ type Table struct {
 	slots atomic.Int64 // flows that have a slot; an evicted flow gives its slot back before it has ended
 	// maxFlows is TableConfig.MaxFlows, or what SetMaxFlows has made of it.
 	maxFlows atomic.Int64
-	limits   atomic.Pointer[limits] // nil = none
+	limits   atomic.Pointer[limits]
 	shard    [shards]tableShard
 	totals
 
@@ -134,6 +134,7 @@ func NewTable(cfg TableConfig) *Table {
 	}
 	t := &Table{cfg: cfg, epoch: cfg.Now()}
 	t.SetMaxFlows(cfg.MaxFlows)
+	t.SetLimits(Limits{})
 	for i := range t.shard {
 		t.shard[i].live = make(map[uint64]*entry)
 		t.shard[i].sums = newSums()
