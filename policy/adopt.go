@@ -47,7 +47,7 @@ func (m *Manager) adoptLocked(old journal, spec Spec) error {
 		if c.Mode == ModeGlobal || !m.populated(c.Cgroups) {
 			continue
 		}
-		if i := slices.IndexFunc(spec.Contexts, func(x ContextSpec) bool { return x.Slot == c.Slot }); i >= 0 {
+		if i := slices.IndexFunc(spec.Contexts, inSlot(c.Slot)); i >= 0 {
 			if spec.Contexts[i].Mode == ModeGlobal {
 				return fmt.Errorf("%w: processes of %q that survived a crash hold slot %d: end them, or run `mprox cleanup`", ErrConflict, c.Name, c.Slot)
 			}
@@ -67,7 +67,7 @@ func (m *Manager) adoptLocked(old journal, spec Spec) error {
 func (m *Manager) withGhosts(contexts []ContextSpec) []ContextSpec {
 	out := slices.Clone(contexts)
 	for _, g := range m.ghosts {
-		i := slices.IndexFunc(out, sameSlot(g))
+		i := slices.IndexFunc(out, inSlot(g.Slot))
 		if i < 0 {
 			out = append(out, g)
 			continue
@@ -77,8 +77,8 @@ func (m *Manager) withGhosts(contexts []ContextSpec) []ContextSpec {
 	return out
 }
 
-func sameSlot(c ContextSpec) func(ContextSpec) bool {
-	return func(o ContextSpec) bool { return o.Slot == c.Slot }
+func inSlot(slot int) func(ContextSpec) bool {
+	return func(c ContextSpec) bool { return c.Slot == slot }
 }
 
 func (m *Manager) populated(refs []CgroupRef) bool {

@@ -116,7 +116,7 @@ func Guard(ctx context.Context, cfg Config, in Instance) (GuardState, error) {
 		return out, nil
 	}
 	for _, c := range j.Contexts {
-		open := j.Reopen != nil && !slices.ContainsFunc(j.Reopen.Contexts, func(x ContextSpec) bool { return x.Slot == c.Slot })
+		open := j.Reopen != nil && !slices.ContainsFunc(j.Reopen.Contexts, inSlot(c.Slot))
 		out.Contexts = append(out.Contexts, GuardContext{Name: c.Name, Mode: c.Mode, Slot: c.Slot, Open: open})
 	}
 	snap, err := cfg.Host.Snapshot(ctx, j.TableBase)

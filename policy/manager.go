@@ -310,7 +310,7 @@ func (m *Manager) recordLocked(spec Spec, plan *Plan) error {
 func (m *Manager) endSocketsLocked(spec Spec) {
 	var marks []uint32
 	for _, j := range m.journal.Contexts {
-		if j.Mode != ModeGlobal && !slices.ContainsFunc(spec.Contexts, func(c ContextSpec) bool { return c.Slot == j.Slot }) {
+		if j.Mode != ModeGlobal && !slices.ContainsFunc(spec.Contexts, inSlot(j.Slot)) {
 			marks = append(marks, ContextMark(m.spec.Mask, j.Slot))
 		}
 	}
@@ -323,7 +323,7 @@ func (m *Manager) endSocketsLocked(spec Spec) {
 func (m *Manager) forgetLocked(spec Spec) error {
 	n := len(m.journal.Contexts)
 	m.journal.Contexts = slices.DeleteFunc(m.journal.Contexts, func(j journalContext) bool {
-		return !slices.ContainsFunc(spec.Contexts, func(c ContextSpec) bool { return c.Slot == j.Slot })
+		return !slices.ContainsFunc(spec.Contexts, inSlot(j.Slot))
 	})
 	if len(m.journal.Contexts) == n {
 		return nil
@@ -448,7 +448,7 @@ func (m *Manager) Close(ctx context.Context, mode StopMode) error {
 	spec := closedSpec(m.spec)
 	spec.Contexts = slices.DeleteFunc(spec.Contexts, func(c ContextSpec) bool { return !m.keep(c, mode) })
 	m.ghosts = slices.DeleteFunc(m.ghosts, func(g ContextSpec) bool {
-		heir := slices.ContainsFunc(m.spec.Contexts, sameSlot(g)) && !slices.ContainsFunc(spec.Contexts, sameSlot(g))
+		heir := slices.ContainsFunc(m.spec.Contexts, inSlot(g.Slot)) && !slices.ContainsFunc(spec.Contexts, inSlot(g.Slot))
 		return mode == StopOpen || heir // as the rest of the context that has got its slot
 	})
 	if len(spec.Contexts)+len(m.ghosts) > 0 {
