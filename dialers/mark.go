@@ -58,6 +58,7 @@ type NetConfig struct {
 type Net struct {
 	cfg     NetConfig
 	lookups lookups
+	ports   ports
 	batches sync.Pool // of *batch: a datagram batch is needed only while a system call runs, not while an association waits
 }
 
@@ -91,10 +92,9 @@ func (n *Net) DialTCP(ctx context.Context, to netip.AddrPort) (flow.Conn, error)
 }
 
 func (n *Net) dialTCP(ctx context.Context, to netip.AddrPort) (*TCPConn, error) {
-	d := net.Dialer{Control: n.control, KeepAliveConfig: n.keepAlive(), KeepAlive: n.cfg.KeepAlive}
 	var c *net.TCPConn
 	err := n.cfg.Inside(func() (err error) {
-		c, err = d.DialTCP(ctx, "tcp", netip.AddrPort{}, to) // not DialContext, which would parse and resolve
+		c, err = n.connect(ctx, to)
 		return err
 	})
 	if err != nil {
@@ -184,6 +184,14 @@ func (n *Net) control(network, _ string, rc syscall.RawConn) error {
 	return err
 }
 
+// controlDial is control for a connection whose source port the kernel chooses.
+func (n *Net) controlDial(network, address string, rc syscall.RawConn) error {
+	if err := n.control(network, address, rc); err != nil {
+		return err
+	}
+	return rc.Control(func(fd uintptr) { n.ports.window(int(fd)) })
+}
+
 func (n *Net) prepare(fd int, network string) error {
 	if n.cfg.MaxFD > 0 && fd >= n.cfg.MaxFD { // the kernel gives the lowest that is free: as many are taken
 		return unix.EMFILE
@@ -198,6 +206,8 @@ func (n *Net) prepare(fd int, network string) error {
 		// for all destinations together. Kernels before 4.2 do not know it, and nothing breaks without. Not for UDP, where a socket that
 		// is never connected would stay without a port.
 		_ = unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1)
+		// Once the connection has ended, its port may be bound again: connect names it when ports run out.
+		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
 	}
 	return nil
 }

@@ -101,7 +101,8 @@ func TestShortConnections(t *testing.T) {
 			left -= part
 			lab.Progress("%s: %d left, %.0f a second, slowest %v, %d KB", t.Name(), left, float64(part)/r.Took.Seconds(), r.Slowest.Round(time.Millisecond), m.RSS()>>10)
 		}
-		if s := m.Status().Contexts[0]; s.FlowsTotal < uint64(n) {
+		lab.Eventually(t, lab.Patience, "all flows have ended", func() bool { return m.Status().Contexts[0].FlowsActive == 0 })
+		if s := m.Status().Contexts[0]; s.FlowsTotal != uint64(n) {
 			t.Errorf("%d flows for %d connections", s.FlowsTotal, n)
 		}
 		sayWhy(t, m)
