@@ -181,9 +181,21 @@ func (t *tcpFront) serve(req *tcp.ForwarderRequest) {
 	t.mu.Unlock()
 	src := netip.AddrPortFrom(addrOf(id.RemoteAddress), id.RemotePort)
 	orig := netip.AddrPortFrom(addrOf(id.LocalAddress), id.LocalPort)
+	growStack()
 	t.s.cfg.Handler.TCP(t.s.ctx, src, orig, p)
 	p.Reject(flow.ReasonDrop) // no effect if it was answered
 }
+
+// growStack makes the goroutine's stack as large as a dial needs while there is little on it: it would be copied twice otherwise, with all the
+// frames that are on it by then.
+//
+//go:noinline
+func growStack() byte {
+	var b [6 << 10]byte
+	return b[stackProbe]
+}
+
+var stackProbe int
 
 // close makes handle swallow what still comes.
 func (t *tcpFront) close() {

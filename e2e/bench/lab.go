@@ -360,7 +360,10 @@ func (l *lab) namespace(name string) error {
 		"net/ipv6/conf/default/accept_ra=0",
 		"net/ipv6/conf/default/router_solicitations=0",
 		"net/ipv4/ip_local_port_range=1100 65500",
-		"net/ipv4/tcp_tw_reuse=1", // thousands of connections a second to one port: without it the ports run out, not the engine
+		// Thousands of connections a second to one port: without these the ports run out, not the engine. dante binds each connection to an
+		// address of its own, where the kernel gives no port that has been used within the minute.
+		"net/ipv4/tcp_tw_reuse=1",
+		"net/ipv4/tcp_max_tw_buckets=4096",
 		"net/core/somaxconn=65535",
 		"net/ipv4/tcp_max_syn_backlog=65535",
 	} {
