@@ -89,7 +89,7 @@ type Match struct {
 type Rule struct {
 	Match
 	Upstream string `json:"upstream" required:"true" doc:"Name of an upstream or pool; direct, reject and drop are built in."`
-	FTP      string `json:"ftp" default:"refuse" enum:"active,refuse,ignore" doc:"Active-mode FTP: active lets the server connect to the client by BIND at the same SOCKS upstream; refuse makes PORT and EPRT on port 21 fail at once, so that the client uses passive mode; ignore does not look. Direct flows are never looked at."`
+	FTP      string `json:"ftp" default:"refuse" enum:"active,refuse,ignore" doc:"Active-mode FTP: active lets the server connect to the client by BIND at the same SOCKS upstream (one that listens for a name in another family than it has connected in, as dante does, is asked to listen for anybody: who comes must have an address of the name then, if there are dns.servers to ask); refuse makes PORT and EPRT on port 21 fail at once, so that the client uses passive mode; ignore does not look. Direct flows are never looked at."`
 	Offload  string `json:"offload" enum:"auto,off" doc:"Whether the kernel moves the bytes of these flows. Empty: as the context says."`
 }
 

@@ -51,11 +51,15 @@ type binding struct {
 	tcp  *TCPConn
 	conn flow.Conn // tcp, or TLS over it
 	addr netip.AddrPort
+	any  bool                               // anybody may connect
 	next func(io.Reader) (flow.Addr, error) // reads the second reply
 }
 
 // Addr returns where the server listens. It is an address that can be given to others: see relayAddr.
 func (b *binding) Addr() netip.AddrPort { return b.addr }
+
+// Anybody reports whether the server was asked to let everybody connect.
+func (b *binding) Anybody() bool { return b.any }
 
 // Accept waits for the second reply: somebody has connected, from the address returned (invalid if the server does not say). The binding
 // has become the connection then, or, after an error, is closed.
@@ -88,7 +92,7 @@ func (s *SOCKS5) Bind(ctx context.Context, peer flow.Addr) (flow.Binding, error)
 	if err != nil {
 		return nil, s.wrap(op, err)
 	}
-	b := &binding{u: &s.upstream, op: op, next: readReply}
+	b := &binding{u: &s.upstream, op: op, any: addr.Host == "" && addr.IP.IsUnspecified(), next: readReply}
 	err = s.listen(ctx, b, func() (bound flow.Addr, err error) {
 		if b.conn, err = secure(ctx, b.tcp, s.tls); err != nil {
 			return bound, err
@@ -101,9 +105,32 @@ func (s *SOCKS5) Bind(ctx context.Context, peer flow.Addr) (flow.Binding, error)
 	return b, nil
 }
 
+// bindBeside is Bind from the destination of a connection that the server has made from its address local. For a name of both families some
+// servers (dante) listen in another family than they have connected in, where the destination, which speaks the one it was reached by, cannot
+// come. Then the wildcard of the right family is asked for: the server's address is known to the server alone.
+func (s *SOCKS5) bindBeside(ctx context.Context, peer flow.Addr, local netip.Addr) (flow.Binding, error) {
+	b, err := s.Bind(ctx, peer)
+	if err != nil || peer.Host == "" || !local.IsValid() || local.IsUnspecified() || b.Addr().Addr().Is4() == local.Is4() {
+		return b, err
+	}
+	_ = b.Close()
+	wildcard := netip.IPv6Unspecified()
+	if local.Is4() {
+		wildcard = netip.IPv4Unspecified()
+	}
+	if b, err = s.Bind(ctx, flow.Addr{IP: wildcard}); err != nil {
+		return nil, err
+	}
+	if at := b.Addr(); at.Addr().Is4() != local.Is4() {
+		_ = b.Close()
+		return nil, s.wrap("bind for "+peer.String(), fmt.Errorf("%w: it listens at %s, and has connected from %s", flow.ErrNetUnreachable, at, local))
+	}
+	return b, nil
+}
+
 // Bind asks the upstream to accept one connection from peer, an IPv4 address, or a name for socks4a.
 func (s *SOCKS4) Bind(ctx context.Context, peer flow.Addr) (flow.Binding, error) {
-	b := &binding{u: &s.upstream, op: "bind for " + peer.String(), next: readReply4}
+	b := &binding{u: &s.upstream, op: "bind for " + peer.String(), any: peer.Host == "" && peer.IP.IsUnspecified(), next: readReply4}
 	req, err := s.request(cmdBind, peer)
 	if err != nil {
 		return nil, s.wrap(b.op, err)

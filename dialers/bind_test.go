@@ -164,3 +164,78 @@ func TestBound(t *testing.T) {
 		t.Error("what is direct is not told from what is not")
 	}
 }
+
+// TestBindFamily: a server that listens for a name in another family than it has connected in is asked for the wildcard of that one; one that
+// takes the name as it should is not, nor one that has not said from where it has connected.
+func TestBindFamily(t *testing.T) {
+	const (
+		v4     = "\x05\x00\x00\x01\xc6\x33\x64\x01\x04\xd2" // 198.51.100.1:1234
+		v6     = "\x05\x00\x00\x04\x20\x01\x0d\xb8\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x01\x04\xd2"
+		silent = "\x05\x00\x00\x01\x00\x00\x00\x00\x00\x00"
+		no     = "\x05\x02\x00\x01\x00\x00\x00\x00\x00\x00"
+		named  = "\x03\x0bexample.com\x00\x15"
+		any4   = "\x01\x00\x00\x00\x00\x00\x00"
+	)
+	any6 := "\x04" + string(make([]byte, 18))
+	for _, tt := range []struct {
+		name, connect, bind, wildcard string // what the server answers
+		asked                         []string
+		at                            string // "" = it fails
+		anybody                       bool
+		is                            error
+	}{
+		{"the same family", v4, v4, no, []string{named}, "198.51.100.1:1234", false, nil},
+		{"IPv4 instead of IPv6", v6, v4, v6, []string{named, any6}, "[2001:db8::1]:1234", true, nil},
+		{"IPv6 instead of IPv4", v4, v6, v4, []string{named, any4}, "198.51.100.1:1234", true, nil},
+		{"unknown", silent, v6, no, []string{named}, "[2001:db8::1]:1234", false, nil},
+		{"refused", v4, no, v4, []string{named}, "", false, flow.ErrProhibited},
+		{"no wildcard", v4, v6, no, []string{named, any4}, "", false, flow.ErrProhibited},
+		{"the wrong one again", v4, v6, v6, []string{named, any4}, "", false, flow.ErrNetUnreachable},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			asked := make(chan string, 8)
+			s := dialertest.Start(t, dialertest.Read(3), dialertest.Send(greet5), func(c *dialertest.Conv) error {
+				req := make([]byte, 300)
+				n, err := c.Read(req)
+				if err != nil {
+					return err
+				}
+				answer := tt.connect
+				if req[1] == cmdBind {
+					asked <- string(req[3:n])
+					if answer = tt.wildcard; req[3] == atypDomain {
+						answer = tt.bind
+					}
+				}
+				_, err = io.WriteString(c, answer)
+				return err
+			}, dialertest.Silent())
+			d := dialer(t, "socks5h://"+s.Addr.String())
+			c, err := d.Dial(testContext(t), addr(t, "example.com:21"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Abort()
+			b, err := c.(flow.Bound).Bind(testContext(t))
+			switch {
+			case tt.at == "" && !errors.Is(err, tt.is):
+				t.Error(err)
+			case tt.at != "" && err != nil:
+				t.Fatal(err)
+			case err == nil:
+				if b.Addr().String() != tt.at || b.Anybody() != tt.anybody {
+					t.Errorf("listens at %v, for anybody: %v", b.Addr(), b.Anybody())
+				}
+				_ = b.Close()
+			}
+			for _, want := range tt.asked {
+				if got := <-asked; got != want {
+					t.Errorf("asked for %q, want %q", got, want)
+				}
+			}
+			if len(asked) != 0 || StatusOf(d).Active != 1 {
+				t.Errorf("asked for %q too; %+v", <-asked, StatusOf(d))
+			}
+		})
+	}
+}

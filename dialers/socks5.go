@@ -108,7 +108,7 @@ func (s *SOCKS5) dial(ctx context.Context, dst flow.Addr) (flow.Conn, error) {
 		return nil, s.wrap("connect "+dst.String(), fmt.Errorf("%w: the upstream has no IPv6", flow.ErrNetUnreachable))
 	}
 	defer s.findAhead(ctx)()
-	tcp, c, err := s.open(ctx, addr)
+	tcp, c, local, err := s.open(ctx, addr)
 	if v6 {
 		s.learnIPv6(err)
 	}
@@ -116,52 +116,51 @@ func (s *SOCKS5) dial(ctx context.Context, dst flow.Addr) (flow.Conn, error) {
 		return nil, err
 	}
 	s.track(tcp)
-	tcp.bind = func(ctx context.Context) (flow.Binding, error) { return s.Bind(ctx, addr) }
+	tcp.bind = func(ctx context.Context) (flow.Binding, error) { return s.bindBeside(ctx, addr, local.IP) }
 	return c, nil
 }
 
-// open connects to the server and asks it for addr, sending the request ahead if it is known to take that.
-func (s *SOCKS5) open(ctx context.Context, addr flow.Addr) (*TCPConn, flow.Conn, error) {
+// open connects to the server and asks it for addr, sending the request ahead if it is known to take that. local is the address that the server
+// says it has connected from.
+func (s *SOCKS5) open(ctx context.Context, addr flow.Addr) (tcp *TCPConn, c flow.Conn, local flow.Addr, err error) {
 	if w := s.warmed(); w != nil {
-		fresh, err := s.overWarm(ctx, w, func() error {
-			_, err := s.command(w.conn, appendRequest(nil, cmdConnect, addr))
+		fresh, err := s.overWarm(ctx, w, func() (err error) {
+			local, err = s.command(w.conn, appendRequest(nil, cmdConnect, addr))
 			return err
 		})
 		if err == nil {
-			return w.tcp, w.conn, nil
+			return w.tcp, w.conn, local, nil
 		}
 		if !fresh {
-			return nil, nil, s.ended(ctx, "connect "+addr.String(), err)
+			return nil, nil, local, s.ended(ctx, "connect "+addr.String(), err)
 		}
 	}
 	ahead := s.ahead.known()
-	tcp, c, err := s.tryOpen(ctx, addr, ahead || s.spec.Pipeline)
+	tcp, c, local, err = s.tryOpen(ctx, addr, ahead || s.spec.Pipeline)
 	if err != nil && ahead {
 		if s.ahead.failed(err); errors.Is(err, errGreeting) && ctx.Err() == nil {
 			// The server has said no word of the request: it is not the one that was asked, or a restart has changed it.
 			return s.tryOpen(ctx, addr, s.spec.Pipeline)
 		}
 	}
-	return tcp, c, err
+	return tcp, c, local, err
 }
 
-func (s *SOCKS5) tryOpen(ctx context.Context, addr flow.Addr, ahead bool) (*TCPConn, flow.Conn, error) {
-	tcp, err := s.connect(ctx)
-	if err != nil {
-		return nil, nil, err
+func (s *SOCKS5) tryOpen(ctx context.Context, addr flow.Addr, ahead bool) (tcp *TCPConn, c flow.Conn, local flow.Addr, err error) {
+	if tcp, err = s.connect(ctx); err != nil {
+		return nil, nil, local, err
 	}
-	var c flow.Conn = tcp
 	err = handshake(ctx, tcp, func() (err error) {
 		if c, err = secure(ctx, tcp, s.tls); err == nil {
-			_, err = s.ask(c, cmdConnect, addr, ahead)
+			local, err = s.ask(c, cmdConnect, addr, ahead)
 		}
 		return err
 	})
 	if err != nil {
 		tcp.Abort()
-		return nil, nil, s.ended(ctx, "connect "+addr.String(), err)
+		return nil, nil, local, s.ended(ctx, "connect "+addr.String(), err)
 	}
-	return tcp, c, nil
+	return tcp, c, local, nil
 }
 
 // ended wraps an error of a handshake; a caller that gave up sees why it did, and blames nobody.

@@ -30,8 +30,11 @@ func TestFTPActive(t *testing.T) {
 		{"dante", "socks5://203.0.113.10:1080", lab.OriginV4.String()},
 		{"dante-socks4", "socks4://203.0.113.10:1080", lab.OriginV4.String()},
 		{"dante-name", "socks5h://203.0.113.10:1080", "v4.example.test"},
+		{"dante-both", "socks5h://203.0.113.10:1080", "www.example.test"},
+		{"dante-auto", "auto://203.0.113.10:1080", "www.example.test"},
 		{"serve", "socks5h://203.0.113.10:1081", lab.OriginV4.String()},
 		{"serve-name", "socks4a://203.0.113.10:1081", "www.example.test"},
+		{"serve-both", "socks5h://203.0.113.10:1081", "www.example.test"},
 		{"serve-v6", "socks5h://203.0.113.10:1081", "[" + lab.OriginV6.String() + "]"},
 		{"pool", "pool", lab.OriginV4.String()},
 	} {

@@ -231,6 +231,8 @@ type SourceDialer interface {
 type Binding interface {
 	// Addr is where the upstream listens.
 	Addr() netip.AddrPort
+	// Anybody reports whether whoever comes first is accepted, and not the destination alone.
+	Anybody() bool
 	// Accept waits for the connection and returns it, and where it came from if the upstream says so.
 	Accept(ctx context.Context) (Conn, netip.AddrPort, error)
 	Close() error

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -326,7 +327,7 @@ func (c *ftp) expect(b Binding, to netip.AddrPort) error {
 			c.h.cfg.Log.Debug("ftp: no data connection", zap.Error(err))
 			return
 		}
-		c.transfer(ctx, cancel, up, from, to, opened)
+		c.transfer(ctx, cancel, called{up, from, b.Anybody()}, to, opened)
 	}()
 	return nil
 }
@@ -351,9 +352,32 @@ func (c *ftp) origin(from netip.AddrPort) netip.AddrPort {
 	return netip.AddrPortFrom(c.f.Orig.Addr(), port)
 }
 
+// called is a connection that the upstream has accepted for the application.
+type called struct {
+	Conn
+	from    netip.AddrPort
+	anybody bool // it may have come from anybody
+}
+
+// isServer reports whether the connection comes from the server of the control connection. Of a name the addresses are the upstream's to know,
+// which lets nobody else in. If it does, they are asked for, where there are DNS servers to ask.
+func (c *ftp) isServer(ctx context.Context, a called) bool {
+	want, ip := c.f.Dst, a.from.Addr().Unmap()
+	if !want.IsName() {
+		return ip == want.IP.Unmap()
+	}
+	if !a.anybody || c.h.names == nil {
+		return true
+	}
+	ctx, cancel := context.WithTimeout(ctx, c.h.dialTimeout())
+	defer cancel()
+	ips, err := c.h.names.Resolve(ctx, want.Host)
+	return errors.Is(err, ErrNoServers) || slices.ContainsFunc(ips, func(one netip.Addr) bool { return one.Unmap() == ip })
+}
+
 // transfer is the life of a data connection: a flow of its own, whose SYN goes the other way.
-func (c *ftp) transfer(ctx context.Context, cancel context.CancelCauseFunc, up Conn, peer, to netip.AddrPort, opened func()) {
-	from := c.origin(peer)
+func (c *ftp) transfer(ctx context.Context, cancel context.CancelCauseFunc, up called, to netip.AddrPort, opened func()) {
+	from := c.origin(up.from)
 	f := c.h.newFlow(TCP, to, from)
 	f.Dst.Host, f.HostSource, f.App, f.Protocol, f.Control = c.f.Dst.Host, c.f.HostSource, c.f.App, "ftp-data", c.f
 	e, err := c.h.table.add(f, cancel)
@@ -363,7 +387,7 @@ func (c *ftp) transfer(ctx context.Context, cancel context.CancelCauseFunc, up C
 	}
 	defer e.finish()
 	e.decide(f, c.d)
-	if want := c.f.Dst; !want.IsName() && peer.Addr().Unmap() != want.IP.Unmap() { // a name's addresses are the upstream's to know
+	if !c.isServer(ctx, up) {
 		up.Abort()
 		e.outcome(ResultFailed, errFTPStranger)
 		return
@@ -378,7 +402,7 @@ func (c *ftp) transfer(ctx context.Context, cancel context.CancelCauseFunc, up C
 		return
 	}
 	e.established(0)
-	if err := relay(ctx, app, up, nil, e, c.h.buffers, &c.h.crew); err != nil {
+	if err := relay(ctx, app, up.Conn, nil, e, c.h.buffers, &c.h.crew); err != nil {
 		e.outcome(ResultReset, because(ctx, err))
 	}
 }

@@ -84,6 +84,7 @@ type bindable struct {
 	data Conn
 	peer string // "" = 198.51.100.1:20
 	flat bool   // it is direct
+	open bool   // anybody may connect
 
 	mu    sync.Mutex
 	binds int
@@ -98,15 +99,17 @@ func (b *bindable) Bind(context.Context) (Binding, error) {
 	if b.err != nil {
 		return nil, b.err
 	}
-	return boundAt{netip.MustParseAddrPort(b.at), b.data, netip.MustParseAddrPort(cmp.Or(b.peer, "198.51.100.1:20"))}, nil
+	return boundAt{netip.MustParseAddrPort(b.at), b.data, netip.MustParseAddrPort(cmp.Or(b.peer, "198.51.100.1:20")), b.open}, nil
 }
 
 type boundAt struct {
 	at   netip.AddrPort
 	data Conn
 	peer netip.AddrPort
+	open bool
 }
 
+func (b boundAt) Anybody() bool        { return b.open }
 func (b boundAt) Addr() netip.AddrPort { return b.at }
 func (boundAt) Close() error           { return nil }
 func (b boundAt) Accept(ctx context.Context) (Conn, netip.AddrPort, error) {
@@ -259,6 +262,41 @@ func testFTPStranger(t *testing.T, peer string) {
 	}
 	if len(client.called) != 0 {
 		t.Error("the application was connected to")
+	}
+}
+
+// TestFTPOpen: where the upstream lets anybody connect, a server known by name is told from others by the addresses of its name, if there are
+// DNS servers to ask. Not to be told is to be refused.
+func TestFTPOpen(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		open  bool
+		addrs []string
+		err   error
+		want  bool
+	}{
+		{"the server", true, []string{"2001:db8::1", "198.51.100.1"}, nil, true},
+		{"a stranger", true, []string{"198.51.100.2"}, nil, false},
+		{"dns fails", true, nil, ErrTimeout, false},
+		{"no dns servers", true, nil, ErrNoServers, true},
+		{"chosen by the upstream", false, nil, ErrTimeout, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			h := NewHandler(HandlerConfig{Context: "default", Names: &names{resolve: func(_ context.Context, host string) (ips []netip.Addr, err error) {
+				for _, s := range tt.addrs {
+					ips = append(ips, netip.MustParseAddr(s))
+				}
+				if host != "ftp.example" {
+					t.Errorf("asked for %q", host)
+				}
+				return ips, tt.err
+			}}})
+			defer h.Close()
+			c := &ftp{h: h, f: &Flow{Dst: Addr{Host: "ftp.example", Port: 21}}}
+			if got := c.isServer(t.Context(), called{from: netip.MustParseAddrPort("198.51.100.1:20"), anybody: tt.open}); got != tt.want {
+				t.Errorf("%v", got)
+			}
+		})
 	}
 }
 
