@@ -116,28 +116,38 @@ func (h *HTTP) ask(ctx context.Context, op string, dst flow.Addr) (flow.Conn, er
 			return nil, h.ended(ctx, op, err)
 		}
 	}
-	if w := h.warmed(); w != nil {
-		var conn flow.Conn
-		fresh, err := h.overWarm(ctx, w, func() (err error) {
-			conn, err = h.speak(w.conn, dst, &l)
-			return err
-		})
+	w := h.warmed()
+	if w == nil {
+		return h.askFresh(ctx, op, dst, &l)
+	}
+	begun := make(chan login, 1) // what the proxy has asked for before it has ended the connection that was ready
+	return overWarm(ctx, &h.upstream, op, w, func() (flow.Conn, error) {
+		conn, err := h.speak(w.conn, dst, &l)
 		switch {
 		case err == nil:
 			h.track(w.tcp)
-			return conn, nil
-		case fresh:
-			l = login{} // its nonce counts as used
-		case !errors.Is(err, errReconnect):
-			return nil, h.ended(ctx, op, err)
+		case errors.Is(err, errReconnect):
+			begun <- l
 		}
-	}
+		return conn, err
+	}, func(ctx context.Context) (flow.Conn, error) {
+		var l login // that of the other counts as used
+		select {
+		case l = <-begun:
+		default:
+		}
+		return h.askFresh(ctx, op, dst, &l)
+	}, flow.Conn.Abort)
+}
+
+// askFresh is ask on connections that are new.
+func (h *HTTP) askFresh(ctx context.Context, op string, dst flow.Addr, l *login) (flow.Conn, error) {
 	for {
 		tcp, err := h.connect(ctx)
 		if err != nil {
 			return nil, err
 		}
-		conn, err := h.through(ctx, tcp, dst, &l)
+		conn, err := h.through(ctx, tcp, dst, l)
 		if err == nil {
 			return conn, nil
 		}

@@ -90,28 +90,28 @@ func (s *SOCKS4) dial(ctx context.Context, dst flow.Addr) (*TCPConn, error) {
 		_, err := readReply4(c)
 		return err
 	}
-	bindable := func(c *TCPConn) *TCPConn {
-		c.bind = func(ctx context.Context) (flow.Binding, error) { return s.Bind(ctx, dst) }
-		return c
-	}
-	if w := s.warmed(); w != nil {
-		fresh, err := s.overWarm(ctx, w, func() error { return ask(w.tcp) })
-		if err == nil {
-			return bindable(w.tcp), nil
+	fresh := func(ctx context.Context) (*TCPConn, error) {
+		c, err := s.connect(ctx)
+		if err != nil {
+			return nil, err
 		}
-		if !fresh {
+		if err := handshake(ctx, c, func() error { return ask(c) }); err != nil {
+			c.Abort()
 			return nil, s.ended(ctx, op, err)
 		}
+		return c, nil
 	}
-	c, err := s.connect(ctx)
+	var c *TCPConn
+	if w := s.warmed(); w == nil {
+		c, err = fresh(ctx)
+	} else {
+		c, err = overWarm(ctx, &s.upstream, op, w, func() (*TCPConn, error) { return w.tcp, ask(w.tcp) }, fresh, (*TCPConn).Abort)
+	}
 	if err != nil {
 		return nil, err
 	}
-	if err := handshake(ctx, c, func() error { return ask(c) }); err != nil {
-		c.Abort()
-		return nil, s.ended(ctx, op, err)
-	}
-	return bindable(c), nil
+	c.bind = func(ctx context.Context) (flow.Binding, error) { return s.Bind(ctx, dst) }
+	return c, nil
 }
 
 // request returns the one message of the client. For a name, the address is 0.0.0.1: never a destination, so it marks what follows.

@@ -108,59 +108,70 @@ func (s *SOCKS5) dial(ctx context.Context, dst flow.Addr) (flow.Conn, error) {
 		return nil, s.wrap("connect "+dst.String(), fmt.Errorf("%w: the upstream has no IPv6", flow.ErrNetUnreachable))
 	}
 	defer s.findAhead(ctx)()
-	tcp, c, local, err := s.open(ctx, addr)
+	o, err := s.open(ctx, addr)
 	if v6 {
 		s.learnIPv6(err)
 	}
 	if err != nil {
 		return nil, err
 	}
-	s.track(tcp)
-	tcp.bind = func(ctx context.Context) (flow.Binding, error) { return s.bindBeside(ctx, addr, local.IP) }
-	return c, nil
+	s.track(o.tcp)
+	o.tcp.bind = func(ctx context.Context) (flow.Binding, error) { return s.bindBeside(ctx, addr, o.local) }
+	return o.conn, nil
 }
 
-// open connects to the server and asks it for addr, sending the request ahead if it is known to take that. local is the address that the server
-// says it has connected from.
-func (s *SOCKS5) open(ctx context.Context, addr flow.Addr) (tcp *TCPConn, c flow.Conn, local flow.Addr, err error) {
-	if w := s.warmed(); w != nil {
-		fresh, err := s.overWarm(ctx, w, func() (err error) {
-			local, err = s.command(w.conn, appendRequest(nil, cmdConnect, addr))
-			return err
-		})
-		if err == nil {
-			return w.tcp, w.conn, local, nil
-		}
-		if !fresh {
-			return nil, nil, local, s.ended(ctx, "connect "+addr.String(), err)
-		}
+// opened is a connection through the server.
+type opened struct {
+	tcp   *TCPConn
+	conn  flow.Conn  // tcp, or TLS over it
+	local netip.Addr // where the server says that it has connected from
+}
+
+// open asks for addr, on a connection that is ready or on a new one.
+func (s *SOCKS5) open(ctx context.Context, addr flow.Addr) (opened, error) {
+	fresh := func(ctx context.Context) (opened, error) { return s.openFresh(ctx, addr) }
+	w := s.warmed()
+	if w == nil {
+		return fresh(ctx)
 	}
+	return overWarm(ctx, &s.upstream, "connect "+addr.String(), w, func() (opened, error) {
+		local, err := s.command(w.conn, appendRequest(nil, cmdConnect, addr))
+		return opened{w.tcp, w.conn, local.IP}, err
+	}, fresh, func(o opened) { o.tcp.Abort() })
+}
+
+// openFresh connects to the server and asks it for addr, sending the request ahead if it is known to take that.
+func (s *SOCKS5) openFresh(ctx context.Context, addr flow.Addr) (opened, error) {
 	ahead := s.ahead.known()
-	tcp, c, local, err = s.tryOpen(ctx, addr, ahead || s.spec.Pipeline)
+	o, err := s.tryOpen(ctx, addr, ahead || s.spec.Pipeline)
 	if err != nil && ahead {
 		if s.ahead.failed(err); errors.Is(err, errGreeting) && ctx.Err() == nil {
 			// The server has said no word of the request: it is not the one that was asked, or a restart has changed it.
 			return s.tryOpen(ctx, addr, s.spec.Pipeline)
 		}
 	}
-	return tcp, c, local, err
+	return o, err
 }
 
-func (s *SOCKS5) tryOpen(ctx context.Context, addr flow.Addr, ahead bool) (tcp *TCPConn, c flow.Conn, local flow.Addr, err error) {
-	if tcp, err = s.connect(ctx); err != nil {
-		return nil, nil, local, err
+func (s *SOCKS5) tryOpen(ctx context.Context, addr flow.Addr, ahead bool) (opened, error) {
+	tcp, err := s.connect(ctx)
+	if err != nil {
+		return opened{}, err
 	}
+	o := opened{tcp: tcp}
 	err = handshake(ctx, tcp, func() (err error) {
-		if c, err = secure(ctx, tcp, s.tls); err == nil {
-			local, err = s.ask(c, cmdConnect, addr, ahead)
+		if o.conn, err = secure(ctx, tcp, s.tls); err == nil {
+			var local flow.Addr
+			local, err = s.ask(o.conn, cmdConnect, addr, ahead)
+			o.local = local.IP
 		}
 		return err
 	})
 	if err != nil {
 		tcp.Abort()
-		return nil, nil, local, s.ended(ctx, "connect "+addr.String(), err)
+		return opened{}, s.ended(ctx, "connect "+addr.String(), err)
 	}
-	return tcp, c, local, nil
+	return o, nil
 }
 
 // ended wraps an error of a handshake; a caller that gave up sees why it did, and blames nobody.

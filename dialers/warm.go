@@ -30,8 +30,15 @@ const (
 	warmPause    = time.Second
 	maxWarmPause = time.Minute
 	// warmLost is how long the server's machine may take to acknowledge a request on a connection that has been idle (TCP_USER_TIMEOUT): a
-	// machine that has lost it, or a NAT between, is silent, and the flow has the rest of its time for a new connection.
+	// machine that has lost it, or a NAT between, is silent, and the flow has the rest of its time for a new connection. It counts where there
+	// is no place for a second one at the same time (max_flows).
 	warmLost = 2 * time.Second
+	// warmPercentile of the answers over such connections come in the usual time. A new one is asked beside one that takes longer: its kernel
+	// acknowledges what a process that hangs never reads. warmPatience is that time as long as it is not known, and minWarmPatience its least:
+	// below, destinations that are a little slow would be asked for twice. The most is maxStagger.
+	warmPercentile  = 95
+	warmPatience    = time.Second
+	minWarmPatience = 100 * time.Millisecond
 )
 
 // warmConn is a connection to the server that has gone as far as it can before a destination is known.
@@ -53,7 +60,8 @@ type warm struct {
 	cancel  context.CancelFunc
 	wg      sync.WaitGroup
 
-	idleTime, rest time.Duration // warmIdle, warmRest
+	idleTime, rest, first time.Duration // warmIdle, warmRest, warmPatience
+	times                 quantile      // of the answers
 
 	mu     sync.Mutex
 	idle   []*warmConn // the oldest first; with making at most most
@@ -69,7 +77,7 @@ func (u *upstream) keepWarm(prepare func(context.Context, *TCPConn) (flow.Conn, 
 	if u.spec.Warm == 0 {
 		return
 	}
-	w := &warm{most: min(u.spec.Warm, maxWarm), room: u.room, idleTime: warmIdle, rest: warmRest}
+	w := &warm{most: min(u.spec.Warm, maxWarm), room: u.room, idleTime: warmIdle, rest: warmRest, first: warmPatience}
 	w.prepare = func(ctx context.Context) (*TCPConn, flow.Conn, error) {
 		tcp, err := u.knock(ctx)
 		if err != nil {
@@ -222,11 +230,29 @@ func (w *warm) failedLocked() {
 	w.until = time.Now().Add(w.pause)
 }
 
-// worked notes that a connection was as good as a new one.
-func (w *warm) worked() {
+// worked notes that a connection was as good as a new one, and how long its answer took.
+func (w *warm) worked(took time.Duration) {
+	w.times.add(took)
 	w.mu.Lock()
 	w.pause = 0
 	w.mu.Unlock()
+}
+
+// hung notes that a connection was silent until a new one had been made and had answered. Those of the same age are not tried.
+func (w *warm) hung() {
+	w.mu.Lock()
+	w.failedLocked()
+	w.mu.Unlock()
+	w.drop(0)
+}
+
+// patience is how long an answer may take before a new connection is asked too.
+func (w *warm) patience() time.Duration {
+	usual, ok := w.times.at(warmPercentile)
+	if !ok {
+		return w.first
+	}
+	return min(max(usual, minWarmPatience), maxStagger)
 }
 
 // drop ends the oldest connections until no more than n wait.
@@ -262,18 +288,53 @@ func (w *warm) close() {
 	w.wg.Wait()
 }
 
-// overWarm asks on a connection that is ready. fresh reports that it was no good, and that a new one is to be asked: nothing that the server
-// has said about the destination is in the error.
-func (u *upstream) overWarm(ctx context.Context, c *warmConn, ask func() error) (fresh bool, err error) {
-	err = handshake(ctx, c.tcp, ask)
-	if err == nil {
-		u.warm.worked()
-		return false, c.tcp.userTimeout(0)
+// overWarm asks on a connection that is ready, and with fresh on a new one when that is no good or takes longer than usual. The first answer
+// counts, also one that says no; the other attempt is given up, and what it may have got is discarded.
+func overWarm[T any](
+	ctx context.Context, u *upstream, op string, c *warmConn, ask func() (T, error), fresh func(context.Context) (T, error), discard func(T),
+) (T, error) {
+	racing, answered := context.WithCancelCause(ctx)
+	defer answered(nil)
+	won, errs := race(racing, 2, u.warm.patience(), func(racing context.Context, i int) (v T, err error) {
+		if i > 0 {
+			v, err = fresh(racing)
+		} else if err = u.askWarm(racing, c, func() (err error) { v, err = ask(); return err }); err != nil {
+			if err = u.ended(racing, op, err); racing.Err() != nil && ctx.Err() == nil {
+				u.warm.hung()
+			}
+		}
+		if isAnswer(err) {
+			answered(errLost)
+		}
+		return v, err
+	}, func(err error) bool { return !isAnswer(err) }, discard)
+	if len(errs) == 0 {
+		return won, nil
 	}
+	if i := slices.IndexFunc(errs, isAnswer); i >= 0 {
+		return won, errs[i]
+	}
+	return won, errs[len(errs)-1]
+}
+
+// askWarm asks on a connection that is ready, and ends it if it has no answer, or no for one.
+func (u *upstream) askWarm(ctx context.Context, c *warmConn, ask func() error) error {
+	begin := time.Now()
+	err := handshake(ctx, c.tcp, ask)
+	if err == nil {
+		u.warm.worked(time.Since(begin))
+		err = c.tcp.userTimeout(0)
+	}
+	if err != nil {
+		c.tcp.Abort()
+	}
+	return err
+}
+
+// isAnswer reports whether an error is what the server has said about the destination.
+func isAnswer(err error) bool {
 	var rep replyError
 	var rep4 reply4Error
 	var status *statusError
-	c.tcp.Abort()
-	said := errors.As(err, &rep) || errors.As(err, &rep4) || errors.As(err, &status) || errors.Is(err, errReconnect)
-	return !said && ctx.Err() == nil, err
+	return errors.As(err, &rep) || errors.As(err, &rep4) || errors.As(err, &status)
 }
