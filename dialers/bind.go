@@ -137,10 +137,7 @@ func (s *SOCKS4) Bind(ctx context.Context, peer flow.Addr) (flow.Binding, error)
 	}
 	err = s.listen(ctx, b, func() (flow.Addr, error) {
 		b.conn = b.tcp
-		if _, err := b.tcp.Write(req); err != nil {
-			return flow.Addr{}, fmt.Errorf("request: %w: %w", flow.ErrUpstream, err)
-		}
-		return readReply4(b.tcp)
+		return ask4(b.tcp, req)
 	})
 	if err != nil {
 		return nil, err

@@ -83,35 +83,44 @@ func (s *SOCKS4) dial(ctx context.Context, dst flow.Addr) (*TCPConn, error) {
 	if err != nil {
 		return nil, s.wrap(op, err)
 	}
-	ask := func(c *TCPConn) error {
-		if _, err := c.Write(req); err != nil {
-			return fmt.Errorf("request: %w: %w", flow.ErrUpstream, err)
-		}
-		_, err := readReply4(c)
-		return err
-	}
-	fresh := func(ctx context.Context) (*TCPConn, error) {
-		c, err := s.connect(ctx)
-		if err != nil {
-			return nil, err
-		}
-		if err := handshake(ctx, c, func() error { return ask(c) }); err != nil {
-			c.Abort()
-			return nil, s.ended(ctx, op, err)
-		}
-		return c, nil
-	}
 	var c *TCPConn
 	if w := s.warmed(); w == nil {
-		c, err = fresh(ctx)
+		c, err = s.openFresh(ctx, op, req)
 	} else {
-		c, err = overWarm(ctx, &s.upstream, op, w, func() (*TCPConn, error) { return w.tcp, ask(w.tcp) }, fresh, (*TCPConn).Abort)
+		c, err = overWarm(ctx, &s.upstream, op, w, func() (*TCPConn, error) {
+			_, err := ask4(w.tcp, req)
+			return w.tcp, err
+		}, func(ctx context.Context) (*TCPConn, error) { return s.openFresh(ctx, op, req) }, (*TCPConn).Abort)
 	}
 	if err != nil {
 		return nil, err
 	}
 	c.bind = func(ctx context.Context) (flow.Binding, error) { return s.Bind(ctx, dst) }
 	return c, nil
+}
+
+// openFresh connects to the server and asks.
+func (s *SOCKS4) openFresh(ctx context.Context, op string, req []byte) (*TCPConn, error) {
+	c, err := s.connect(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := handshake(ctx, c, func() error {
+		_, err := ask4(c, req)
+		return err
+	}); err != nil {
+		c.Abort()
+		return nil, s.ended(ctx, op, err)
+	}
+	return c, nil
+}
+
+// ask4 sends a request and returns the address in the reply.
+func ask4(c io.ReadWriter, req []byte) (flow.Addr, error) {
+	if _, err := c.Write(req); err != nil {
+		return flow.Addr{}, fmt.Errorf("request: %w: %w", flow.ErrUpstream, err)
+	}
+	return readReply4(c)
 }
 
 // request returns the one message of the client. For a name, the address is 0.0.0.1: never a destination, so it marks what follows.

@@ -129,15 +129,14 @@ type opened struct {
 
 // open asks for addr, on a connection that is ready or on a new one.
 func (s *SOCKS5) open(ctx context.Context, addr flow.Addr) (opened, error) {
-	fresh := func(ctx context.Context) (opened, error) { return s.openFresh(ctx, addr) }
 	w := s.warmed()
 	if w == nil {
-		return fresh(ctx)
+		return s.openFresh(ctx, addr)
 	}
 	return overWarm(ctx, &s.upstream, "connect "+addr.String(), w, func() (opened, error) {
 		local, err := s.command(w.conn, appendRequest(nil, cmdConnect, addr))
 		return opened{w.tcp, w.conn, local.IP}, err
-	}, fresh, func(o opened) { o.tcp.Abort() })
+	}, func(ctx context.Context) (opened, error) { return s.openFresh(ctx, addr) }, func(o opened) { o.tcp.Abort() })
 }
 
 // openFresh connects to the server and asks it for addr, sending the request ahead if it is known to take that.

@@ -164,10 +164,7 @@ func (t *trial) socks4(d *SOCKS4) func(*transcript) error {
 		if err != nil {
 			return err
 		}
-		if _, err := c.Write(req); err != nil {
-			return err
-		}
-		_, err = readReply4(c)
+		_, err = ask4(c, req)
 		return err
 	}
 }
