@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"slices"
 
@@ -57,8 +58,8 @@ type applier struct {
 	owns  owns
 	plan  *Plan
 	count func(object string, n int)
-	// replacing is called before tables are replaced: their counters go with them.
-	replacing func()
+	// replacing is called before tables are replaced or removed: their counters go with them.
+	replacing func(tables []string)
 
 	nftText  map[string]string // identities of the tables as last installed
 	nftPrint map[string]string // and what they looked like in the kernel then
@@ -100,7 +101,7 @@ func (a *applier) sysctls() error {
 	return nil
 }
 
-// nft swaps the tables in one transaction, if they differ from the plan in text, or in the kernel from what was installed.
+// nft swaps in one transaction the tables that differ from the plan in text, or in the kernel from what was installed.
 func (a *applier) nft() error {
 	base := a.owns.spec.Instance.tableName()
 	there, err := a.host.NFTables(base)
@@ -108,30 +109,33 @@ func (a *applier) nft() error {
 		return err
 	}
 	text := map[string]string{}
-	changed := false
+	var inet, devices []NFTable
+	var names []string
 	for _, t := range a.plan.Tables {
 		text[t.Name] = t.identity()
-		switch {
-		case a.nftText[t.Name] != text[t.Name]:
-			changed = true
-		case a.nftPrint[t.Name] != there[t.Name]:
-			changed = true
+		if a.nftText[t.Name] == text[t.Name] {
+			if a.nftPrint[t.Name] == there[t.Name] {
+				continue
+			}
 			a.count("nft", 1)
+		}
+		names = append(names, t.Name)
+		if ofNetdev(t.Name) { // apart from the rest: a device that has just vanished must not keep the guard out
+			devices = append(devices, t)
+		} else {
+			inet = append(inet, t)
 		}
 	}
 	var remove []string
-	for _, name := range []string{base, base + "-dns", base + egressSuffix} {
+	for _, name := range tableNames(base) {
 		if _, ok := there[name]; ok && text[name] == "" {
 			remove = append(remove, name)
 		}
 	}
-	if !changed && len(remove) == 0 {
+	if len(names)+len(remove) == 0 {
 		return nil
 	}
-	a.replacing()
-	// Apart from the rest: a device that has just vanished must not keep the guard out.
-	devices := slices.DeleteFunc(slices.Clone(a.plan.Tables), func(t NFTable) bool { return !ofNetdev(t.Name) })
-	inet := slices.DeleteFunc(slices.Clone(a.plan.Tables), func(t NFTable) bool { return ofNetdev(t.Name) })
+	a.replacing(slices.Concat(names, remove))
 	if err := a.host.ApplyNFT(inet, remove); err != nil {
 		return err
 	}
@@ -141,13 +145,16 @@ func (a *applier) nft() error {
 			delete(text, devices[0].Name)
 		}
 	}
-	clear(a.nftText)
-	clear(a.nftPrint)
+	gone := func(name, _ string) bool { return text[name] == "" || slices.Contains(names, name) }
+	maps.DeleteFunc(a.nftText, gone)
+	maps.DeleteFunc(a.nftPrint, gone)
 	if there, err = a.host.NFTables(base); err != nil {
 		return err
 	}
-	for name, txt := range text {
-		a.nftText[name], a.nftPrint[name] = txt, there[name]
+	for _, name := range names {
+		if text[name] != "" {
+			a.nftText[name], a.nftPrint[name] = text[name], there[name]
+		}
 	}
 	return nil
 }
@@ -292,7 +299,7 @@ func (t *teardown) run(ctx context.Context) error {
 		t.errs = append(t.errs, err)
 	}
 	var tables []string
-	for _, name := range []string{j.NFT + "-dns", j.NFT + egressSuffix, j.NFT} {
+	for _, name := range tableNames(j.NFT) {
 		if _, ok := there[name]; ok {
 			tables = append(tables, name)
 		}

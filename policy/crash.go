@@ -138,7 +138,7 @@ func Guard(ctx context.Context, cfg Config, in Instance) (GuardState, error) {
 	if err != nil {
 		return out, err
 	}
-	for _, name := range []string{j.NFT, j.NFT + "-dns", j.NFT + egressSuffix} {
+	for _, name := range tableNames(j.NFT) {
 		if _, ok := there[name]; !ok {
 			continue
 		}

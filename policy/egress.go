@@ -16,6 +16,11 @@ const prioEgress = 0
 
 func ofNetdev(table string) bool { return strings.HasSuffix(table, egressSuffix) }
 
+// tableNames are all the tables that an instance may have, the guard last: it is the last to go.
+func tableNames(base string) []string {
+	return []string{base + "-dns", base + egressSuffix, base + portsSuffix, base}
+}
+
 // egress is the guard of what never passes the inet hooks: AF_PACKET sockets, with CAP_NET_RAW. On the devices of the main table's default
 // routes it drops IP packets of this namespace's sockets that nothing has marked and whose destination is not direct: the inet guard has let
 // none such pass. Frames that are bridged or come from other namespaces (macvlan) belong to no socket of ours, and pass.

@@ -58,11 +58,15 @@ func nftTables(s Spec, snap Snapshot, direct map[int]directSets) []NFTable {
 		return nil
 	}
 	g.sets()
+	held, holds := g.ports()
 	g.prerouting()
 	g.output()
 	g.clamp()
 	g.postrouting()
 	tables := []NFTable{g.table}
+	if holds {
+		tables = append(tables, held)
+	}
 	if t, ok := g.redirect(); ok {
 		tables = append(tables, t)
 	}

@@ -23,6 +23,8 @@ type Config struct {
 	Marking Marking     // "" = auto
 	// Daemon is whose bypass mark counts, for a Manager of another namespace than the daemon's own (Manager.Daemon); nil = as the Manager finds out.
 	Daemon *Daemon
+	// Changed is called for every change of links, addresses, routes, rules and nftables while the Manager watches; nil = nobody asks. It must not block.
+	Changed func()
 }
 
 func (c Config) withDefaults() Config {

@@ -8,7 +8,7 @@ import (
 	"strings"
 )
 
-// NFTable is one nftables table of the inet family, as data: the plan prints it, the Host sends it to the kernel.
+// NFTable is one nftables table, of the inet family unless its name says otherwise, as data: the plan prints it, the Host sends it to the kernel.
 type NFTable struct {
 	Name string
 	// owner: the table dies with the netlink socket that made it (kernel ≥ 5.12), for redirects to listeners that die too.
@@ -25,6 +25,8 @@ type nfSet struct {
 	ranges []addrRange // kindAddr4, kindAddr6: ascending, disjoint
 	tuples []Tuple     // kindTuple4, kindTuple6
 	ports  []uint16    // kindPort
+	index  []int       // kindIndex: ascending
+	names  []string    // kindName: ascending
 }
 
 type nfSetKind uint8
@@ -35,6 +37,8 @@ const (
 	kindTuple4 // local address . local port . remote address . remote port
 	kindTuple6
 	kindPort
+	kindIndex // of devices
+	kindName  // of devices
 )
 
 // addrRange is an inclusive range of addresses of one family.
@@ -72,6 +76,11 @@ type (
 		name string
 		not  bool
 	}
+	// stKind matches the kind of device that a packet has come in by, as `ip link` names it. Devices of hardware, and lo, have none: a rule that asks
+	// ends there, so there is no "not".
+	stKind    struct{ kind string }
+	stIndexIn struct{ set string } // the device that a packet has come in by, by its index
+	stNameIn  struct{ set string } // and by its name
 	// stLocal matches, in postrouting, packets that did not come in by a device: those of this machine itself, not forwarded ones.
 	stLocal  struct{}
 	stProto  struct{ proto uint8 }
@@ -153,7 +162,10 @@ func (s stIface) String() string {
 	return fmt.Sprintf("%s %q", dir, s.name)
 }
 
-func (stLocal) String() string { return "iif 0" }
+func (s stKind) String() string    { return fmt.Sprintf("meta iifkind %q", s.kind) }
+func (s stIndexIn) String() string { return "iif @" + s.set }
+func (s stNameIn) String() string  { return "iifname @" + s.set }
+func (stLocal) String() string     { return "iif 0" }
 
 func (s stProto) String() string { return "meta l4proto " + nfProto(s.proto) }
 
@@ -283,8 +295,11 @@ func nfProto(p uint8) string {
 func (t NFTable) String() string {
 	var b strings.Builder
 	family := "inet"
-	if ofNetdev(t.Name) {
+	switch {
+	case ofNetdev(t.Name):
 		family = "netdev"
+	case ofBridge(t.Name):
+		family = "bridge"
 	}
 	fmt.Fprintf(&b, "table %s %s {\n", family, t.Name)
 	if t.owner {
@@ -345,9 +360,15 @@ func (s nfSet) text() string {
 	for _, p := range s.ports {
 		el = append(el, fmt.Sprint(p))
 	}
+	for _, i := range s.index {
+		el = append(el, fmt.Sprint(i))
+	}
+	for _, n := range s.names {
+		el = append(el, fmt.Sprintf("%q", n))
+	}
 	text := "type " + [...]string{
 		"ipv4_addr; flags interval", "ipv6_addr; flags interval",
-		"ipv4_addr . inet_service . ipv4_addr . inet_service", "ipv6_addr . inet_service . ipv6_addr . inet_service", "inet_service",
+		"ipv4_addr . inet_service . ipv4_addr . inet_service", "ipv6_addr . inet_service . ipv6_addr . inet_service", "inet_service", "iface_index", "ifname",
 	}[s.kind] + ";"
 	if len(el) > 0 {
 		text += " elements = { " + strings.Join(el, ", ") + " }"

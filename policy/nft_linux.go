@@ -18,6 +18,7 @@ const (
 	reg32  = 8 // NFT_REG32_00
 	nfInet = 1 // NFPROTO_INET
 	nfDev  = 5 // NFPROTO_NETDEV
+	nfPort = 7 // NFPROTO_BRIDGE
 )
 
 func native32(v uint32) []byte { return binary.NativeEndian.AppendUint32(nil, v) }
@@ -51,11 +52,14 @@ func stmtExprs(s nfStmt) ([]expr.Any, error) {
 		if s.out {
 			key = expr.MetaKeyOIFNAME
 		}
-		name := make([]byte, unix.IFNAMSIZ)
-		if copy(name, s.name) == unix.IFNAMSIZ {
-			return nil, fmt.Errorf("device name %q is too long", s.name)
-		}
-		return []expr.Any{&expr.Meta{Key: key, Register: reg1}, cmpReg(s.not, name)}, nil
+		return []expr.Any{&expr.Meta{Key: key, Register: reg1}, cmpReg(s.not, ifName(s.name))}, nil
+	case stKind:
+		const iifKind = 26 // NFT_META_IIFKIND, kernel 5.0; not in x/sys/unix
+		return []expr.Any{&expr.Meta{Key: iifKind, Register: reg1}, cmpReg(false, ifName(s.kind))}, nil
+	case stIndexIn:
+		return []expr.Any{&expr.Meta{Key: expr.MetaKeyIIF, Register: reg1}, &expr.Lookup{SourceRegister: reg1, SetName: s.set}}, nil
+	case stNameIn:
+		return []expr.Any{&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg1}, &expr.Lookup{SourceRegister: reg1, SetName: s.set}}, nil
 	case stLocal:
 		return []expr.Any{&expr.Meta{Key: expr.MetaKeyIIF, Register: reg1}, cmpReg(false, native32(0))}, nil
 	case stProto:
@@ -163,6 +167,13 @@ func stmtExprs2(s nfStmt) ([]expr.Any, error) {
 	return nil, fmt.Errorf("nft statement %q has no translation", s)
 }
 
+// ifName is a device's name, or kind, as the kernel compares it. What is too long for one is cut off: no device is called so.
+func ifName(s string) []byte {
+	out := make([]byte, unix.IFNAMSIZ)
+	copy(out[:unix.IFNAMSIZ-1], s)
+	return out
+}
+
 func loadMark(ct bool) expr.Any {
 	if ct {
 		return &expr.Ct{Key: expr.CtKeyMARK, Register: reg1}
@@ -229,7 +240,7 @@ func tupleIn(s stTupleIn) []expr.Any {
 
 // setKey is what a set of a kind looks like to the kernel: nft's type number (for its own listings) and the key's length.
 func setKey(k nfSetKind) (typ, size uint32, interval bool) {
-	const addr4, addr6, service, typeBits = 7, 8, 13, 6 // libnftables datatype.h
+	const addr4, addr6, service, index, name, typeBits = 7, 8, 13, 20, 41, 6 // libnftables datatype.h
 	switch k {
 	case kindAddr4:
 		return addr4, 4, true
@@ -239,6 +250,10 @@ func setKey(k nfSetKind) (typ, size uint32, interval bool) {
 		return ((addr4<<typeBits|service)<<typeBits|addr4)<<typeBits | service, 16, false
 	case kindTuple6:
 		return ((addr6<<typeBits|service)<<typeBits|addr6)<<typeBits | service, 40, false
+	case kindIndex:
+		return index, 4, false
+	case kindName:
+		return name, unix.IFNAMSIZ, false
 	}
 	return service, 2, false
 }
@@ -263,6 +278,12 @@ func (s nfSet) elements() []element {
 	}
 	for _, p := range s.ports {
 		out = append(out, element{key: be16(p)})
+	}
+	for _, i := range s.index {
+		out = append(out, element{key: native32(uint32(i))})
+	}
+	for _, n := range s.names {
+		out = append(out, element{key: ifName(n)})
 	}
 	return out
 }

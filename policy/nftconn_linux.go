@@ -173,7 +173,7 @@ func nftError(err error) error {
 	case errors.Is(err, unix.EPERM):
 		return fmt.Errorf("%w: nftables needs CAP_NET_ADMIN: run as root, in a container with cap_add: NET_ADMIN", ErrPrivilege)
 	case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EPROTONOSUPPORT), errors.Is(err, unix.EAFNOSUPPORT):
-		return fmt.Errorf("%w: nftables in the kernel (nf_tables, family inet): %w", ErrFeature, err)
+		return fmt.Errorf("%w: nftables in the kernel (nf_tables, families inet and bridge): %w", ErrFeature, err)
 	}
 	return fmt.Errorf("nftables: %w", err)
 }
@@ -187,8 +187,11 @@ func batchMsg(typ uint16) netlink.Message {
 
 // familyOf is the protocol family of one of our tables.
 func familyOf(table string) byte {
-	if ofNetdev(table) {
+	switch {
+	case ofNetdev(table):
 		return nfDev
+	case ofBridge(table):
+		return nfPort
 	}
 	return nfInet
 }
@@ -314,8 +317,12 @@ func encodeSet(e *netlink.AttributeEncoder, table string, s nfSet, id uint32) er
 	e.Uint32(unix.NFTA_SET_KEY_TYPE, typ)
 	e.Uint32(unix.NFTA_SET_KEY_LEN, size)
 	e.Uint32(unix.NFTA_SET_ID, id)
-	// nft(8) reads the byte order of the key from here when it lists the set: NFTNL_UDATA_SET_KEYBYTEORDER, big endian.
-	e.Bytes(unix.NFTA_SET_USERDATA, append([]byte{0, 4}, native32(2)...))
+	// nft(8) reads the byte order of the key from here when it lists the set: NFTNL_UDATA_SET_KEYBYTEORDER, big endian or the machine's own.
+	order := uint32(2)
+	if s.kind == kindIndex || s.kind == kindName {
+		order = 1
+	}
+	e.Bytes(unix.NFTA_SET_USERDATA, append([]byte{0, 4}, native32(order)...))
 	return nil
 }
 

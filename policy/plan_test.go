@@ -85,6 +85,12 @@ func TestPlanGolden(t *testing.T) {
 			s.Contexts[0].Exclude = []Selector{{Sources: []netip.Prefix{netip.MustParsePrefix("192.168.50.9/32")}}}
 			return s
 		}, func(*Snapshot) {}},
+		{"containers", func() Spec {
+			s := runSpec()
+			s.Instance, s.Contexts[0].Cgroups, s.Contexts[0].Mode, s.Contexts[0].Slot = globalSpec().Instance, nil, ModeProcess, 0
+			s.Contexts[0].Containers, s.Bridges, s.Ports = true, []string{"lxcbr0", "virbr0"}, []int{7, 300}
+			return s
+		}, func(*Snapshot) {}},
 		{"selected", selectSpec, func(s *Snapshot) {
 			s.Daemon.Cgroup = service
 			s.Cgroups = map[string][]CgroupRef{

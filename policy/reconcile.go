@@ -42,10 +42,18 @@ func (m *Manager) wake() {
 	}
 }
 
+// changed is called for every netlink event.
+func (m *Manager) changed() {
+	m.wake()
+	if m.cfg.Changed != nil {
+		m.cfg.Changed()
+	}
+}
+
 // listen turns netlink events into wake-ups, and opens the sockets again should they fail.
 func (m *Manager) listen(ctx context.Context) {
 	for ctx.Err() == nil {
-		err := m.host.Watch(ctx, m.wake)
+		err := m.host.Watch(ctx, m.changed)
 		if ctx.Err() != nil {
 			return
 		}

@@ -106,7 +106,11 @@ type Spec struct {
 	RulePriority int    // first of the 1000 ip rule priorities that are ours; 0 = DefaultRulePriority
 	Contexts     []ContextSpec
 	Owners       bool // who makes sockets is written down, for Manager.Owner
-	TaskLimit    int  // how many selected processes BPF follows; who is more is blocked; 0 = 32768
+	// Bridges are those that no container runtime has made, and Ports, by the index of the device on the host's side, the containers whose traffic is let
+	// through by now: see ContextSpec.Containers. Both ascending.
+	Bridges   []string `json:",omitempty"`
+	Ports     []int    `json:",omitempty"`
+	TaskLimit int      // how many selected processes BPF follows; who is more is blocked; 0 = 32768
 }
 
 // ContextSpec is one context.
@@ -135,6 +139,9 @@ type ContextSpec struct {
 	OnStop  OnEnd
 	OnCrash OnEnd
 	Strict  bool // BPF and nftables both mark: a process that changes its socket's mark is captured all the same
+	// Containers: it selects some by name, so that nobody knows whether one that has just been started is among them. What comes in by a bridge from a
+	// network namespace is dropped, unless Spec.Bridges or Spec.Ports lets it through.
+	Containers bool `json:",omitempty"`
 	// InputPorts are the destination ports on which ModeGlobal lets TCP connections and UDP datagrams from outside in; empty = all.
 	InputPorts []uint16
 }

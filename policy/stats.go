@@ -25,15 +25,14 @@ func (s *Stats) Add(other Stats) {
 	}
 }
 
-// keepDroppedLocked saves the guard's counter: a replaced table starts from zero.
-func (m *Manager) keepDroppedLocked() {
-	m.dropped += m.droppedLocked()
+// keepDroppedLocked saves the counters of tables that are about to be replaced: they start from zero.
+func (m *Manager) keepDroppedLocked(tables []string) {
+	m.dropped += m.droppedLocked(tables)
 }
 
-// droppedLocked is what the guard tables that stand have dropped.
-func (m *Manager) droppedLocked() (sum uint64) {
-	for _, suffix := range []string{"", egressSuffix} {
-		name := m.spec.Instance.tableName() + suffix
+// droppedLocked is what those of the tables that stand have dropped.
+func (m *Manager) droppedLocked(tables []string) (sum uint64) {
+	for _, name := range tables {
 		if _, ok := m.nftText[name]; !ok {
 			continue
 		}
@@ -52,7 +51,7 @@ func (m *Manager) Stats() Stats {
 	name := m.spec.Instance.tableName()
 	if _, ok := m.nftText[name]; ok && !m.closed {
 		s.GuardActive = true
-		s.GuardDropped += m.droppedLocked()
+		s.GuardDropped += m.droppedLocked(tableNames(name))
 	}
 	m.markingLocked(&s)
 	return s

@@ -12,7 +12,7 @@ import (
 	"testing"
 )
 
-// runtime is a container runtime that knows one container, web, and sends one event to whoever follows.
+// runtime is a container runtime that describes one container, web, has others in its lists, and sends one event to whoever follows.
 func newRuntime(t *testing.T) string {
 	t.Helper()
 	socket := filepath.Join(t.TempDir(), "s")
@@ -40,6 +40,8 @@ func newRuntime(t *testing.T) string {
 		_, _ = w.Write([]byte(body))
 	})
 	mux.HandleFunc("GET /events", func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte("{}\n")) })
+	mux.HandleFunc("GET /containers/json", func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte(someContainers)) })
+	mux.HandleFunc("GET /networks", func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte(someNetworks)) })
 	srv := &http.Server{Handler: mux}
 	done := make(chan struct{})
 	go func() { defer close(done); _ = srv.Serve(l) }()

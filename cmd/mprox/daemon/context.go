@@ -206,6 +206,7 @@ func (c *liveContext) spec() policy.ContextSpec {
 		DNSPort4: c.dns.ports[0], DNSPort6: c.dns.ports[1], DNSOff: c.cfg.DNS.Mode == "off",
 		Cgroups: slices.Clone(c.cgroups), Select: c.who.chosen, Exclude: c.who.excluded, Offload: true, OnStop: onStop(c.cfg.OnStop), OnCrash: onEnd(c.cfg.OnCrash),
 		Strict:     c.cfg.Strict,
+		Containers: len(c.who.named()) > 0,
 		InputPorts: ports(c.cfg.InputPorts),
 	}
 	if c.device != nil && !c.gone {

@@ -73,6 +73,7 @@ type Daemon struct {
 
 	containers *process.Containers
 	news       newsroom
+	doorman    *doorman
 
 	reload     sync.Mutex     // held by whoever changes the set of contexts or the kernel plan
 	mu         sync.Mutex     // guards what follows, for a moment each
@@ -98,11 +99,13 @@ func New(opt Options) *Daemon {
 	for name, c := range opt.Config.Contexts {
 		wanted[name] = c.Mode
 	}
-	return &Daemon{
+	d := &Daemon{
 		life: life, stop: stop, wanted: wanted,
 		opt: opt, log: opt.Log, started: time.Now(), cfg: opt.Config, base: opt.Config, digest: opt.Digest,
 		contexts: make(map[string]*liveContext), generation: 1, loadedAt: time.Now(),
 	}
+	d.doorman = newDoorman(d)
+	return d
 }
 
 // Run starts the daemon, calls ready when it captures, and stops it, undoing what it did, when ctx ends or Stop is called. When
@@ -151,7 +154,7 @@ func (d *Daemon) start(ctx context.Context) error {
 	if d.owners, err = policy.NewOwners(d.host); err != nil {
 		return err
 	}
-	d.manager = policy.NewManager(policy.Config{Host: d.host, Log: d.log, Marking: policy.Marking(d.cfg.Kernel.Marking)})
+	d.manager = policy.NewManager(policy.Config{Host: d.host, Log: d.log, Marking: policy.Marking(d.cfg.Kernel.Marking), Changed: d.doorman.knock})
 	snap, err := d.manager.Snapshot(ctx)
 	if err != nil {
 		return err
@@ -173,6 +176,7 @@ func (d *Daemon) start(ctx context.Context) error {
 		d.contexts[name] = c
 	}
 	d.resolve(ctx, d.ups)
+	d.doorman.look(ctx)
 	if err := d.manager.Prepare(ctx, d.spec()); err != nil {
 		return err
 	}
@@ -296,6 +300,7 @@ func (d *Daemon) spec() policy.Spec {
 	}
 	// One command of `mprox run` has no need of it, and no time for it at its start.
 	s.Owners = !s.Instance.Run
+	s.Bridges, s.Ports = d.doorman.passing()
 	for _, c := range d.live() {
 		s.Contexts = append(s.Contexts, c.spec())
 	}

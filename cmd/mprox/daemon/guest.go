@@ -261,8 +261,11 @@ func (g *guest) take(ctx context.Context, pid int) error {
 	g.seats = append(g.seats, s)
 	g.mu.Unlock()
 	g.log.Info("container captured", zap.Int("pid", pid), zap.Uint64("netns", host.Netns().Inode))
-	g.tell(nil)
 	g.living.Go(func() { g.outlive(ctx, s) })
+	if err := g.d.doorman.settle(ctx); err != nil && ctx.Err() == nil {
+		g.log.Error("container is captured, and its way to its neighbours is still closed", zap.Error(err))
+	}
+	g.tell(nil)
 	return host.Ended(ctx)
 }
 
@@ -305,6 +308,12 @@ func (g *guest) stand(ctx context.Context, host *policy.ContainerHost) error {
 	return err
 }
 
+// captured reports whether everything in a network namespace is captured.
+func (d *Daemon) captured(netns uint64) bool {
+	s := d.seatIn(netns)
+	return s != nil && s.opened.Load()
+}
+
 // seatIn returns the seat in a network namespace; nil = none.
 func (d *Daemon) seatIn(netns uint64) *seat {
 	for _, c := range d.live() {
@@ -341,13 +350,9 @@ func (g *guest) share(ctx context.Context, pid int) error {
 		who = policy.Selector{Cgroups: []string{path}}
 	}
 	set := func(s *policy.Selector) error {
-		for !g.d.reload.TryLock() { // whoever has it may be waiting for this guest to go
-			select {
-			case <-time.After(lockPause):
-			case <-ctx.Done():
-				g.setShared(s)
-				return context.Cause(ctx)
-			}
+		if err := g.d.lockReload(ctx); err != nil {
+			g.setShared(s)
+			return err
 		}
 		defer g.d.reload.Unlock()
 		g.setShared(s)
@@ -365,6 +370,18 @@ func (g *guest) share(ctx context.Context, pid int) error {
 		return nil
 	}
 	return errors.Join(err, set(nil))
+}
+
+// lockReload takes d.reload, unless ctx ends first: whoever has it may be waiting for the caller to go.
+func (d *Daemon) lockReload(ctx context.Context) error {
+	for !d.reload.TryLock() {
+		select {
+		case <-time.After(lockPause):
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	return nil
 }
 
 func (g *guest) setShared(s *policy.Selector) {

@@ -187,6 +187,7 @@ func (n *generation) apply(ctx context.Context) (err error) {
 		c.refuse() // while the resets still arrive: afterwards the kernel would send on what the applications have written, past us
 	}
 	n.d.setContexts(n.added, n.removed)
+	n.d.doorman.look(ctx)
 	if err := n.d.manager.Apply(ctx, n.d.spec()); err != nil {
 		return err
 	}

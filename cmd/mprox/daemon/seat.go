@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync/atomic"
 
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
@@ -35,6 +36,7 @@ type seat struct {
 	device  *tun.Device
 	stack   *stack.Stack
 	dns     listeners
+	opened  atomic.Bool // all of open has been done
 }
 
 // open goes from the outside in, as the start of the daemon does: everything is closed before anything is opened.
@@ -77,11 +79,13 @@ func (s *seat) open(ctx context.Context) error {
 	s.c.mu.Lock()
 	reset := s.c.cfg.Existing == "reset"
 	s.c.mu.Unlock()
-	if !reset {
-		return nil
+	if reset {
+		if _, err = s.manager.ResetExisting(ctx, s.c.name, nil); err != nil {
+			return err
+		}
 	}
-	_, err = s.manager.ResetExisting(ctx, s.c.name, nil)
-	return err
+	s.opened.Store(true)
+	return nil
 }
 
 // listen opens the sockets that port 53 of the container's loopback addresses is redirected to.
