@@ -180,6 +180,15 @@ for a, most in ((%q, 1260), (%q, 1240)):
 	if out := mustCurl(t, l, originURL(false, "/")); fromProxy(out) {
 		t.Errorf("the gateway itself is captured: %q", out)
 	}
+	// Who makes sockets on this machine is written down only while a context captures any.
+	pinned := func() bool { return len(l.Snapshot(t)["bpf"]) > 0 }
+	if pinned() {
+		t.Error("owners are written down for a gateway alone")
+	}
+	must(t, m, "contexts", "add", "mine", "--default", "p", "--mode", "cgroup")
+	lab.Eventually(t, 5*time.Second, "owners are written down", pinned)
+	must(t, m, "contexts", "rm", "mine")
+	lab.Eventually(t, 5*time.Second, "they are no longer", func() bool { return !pinned() })
 	cp.Reset()
 	m.Signal(syscall.SIGKILL)
 	m.Wait(5 * time.Second)

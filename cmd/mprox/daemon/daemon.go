@@ -298,13 +298,20 @@ func (d *Daemon) spec() policy.Spec {
 	s := policy.Spec{
 		Instance: policy.InstanceFor(d.opt.Socket), Mask: uint32(k.MarkMask), TableBase: int(k.TableBase), RulePriority: int(k.RulePriority),
 	}
-	// One command of `mprox run` has no need of it, and no time for it at its start.
-	s.Owners = !s.Instance.Run
 	s.Bridges, s.Ports = d.doorman.passing()
 	for _, c := range d.live() {
 		s.Contexts = append(s.Contexts, c.spec())
 	}
+	s.Owners = needsOwners(s)
 	return s
+}
+
+// needsOwners reports whether it has to be written down who makes sockets: flows of this machine's processes are shown and logged with theirs. Those of
+// other hosts, and of containers, are not this namespace's sockets. One command of `mprox run` has no need of it, and no time for it at its start.
+func needsOwners(s policy.Spec) bool {
+	return !s.Instance.Run && slices.ContainsFunc(s.Contexts, func(c policy.ContextSpec) bool {
+		return c.Mode != policy.ModeGateway && c.Mode != policy.ModeDisabled
+	})
 }
 
 // preparer is an upstream whose server has a name to resolve.
