@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"hash/fnv"
 	"maps"
+	"math"
 	"net/netip"
 	"net/url"
 	"reflect"
@@ -139,6 +140,19 @@ func (v *validator) selector(path string, s *Selector, mode string) {
 	for i, g := range s.Cgroup {
 		if !strings.HasPrefix(g, "/") {
 			v.add(joinIndex(path+".cgroup", i), "%q does not start with /", g)
+		} else if slices.Contains(strings.Split(g, "/"), "..") {
+			v.add(joinIndex(path+".cgroup", i), "%q leads out of the tree of cgroups", g)
+		}
+	}
+	// The kernel's "no change" (uid_t -1): nobody's.
+	for i, u := range s.UID {
+		if u == math.MaxUint32 {
+			v.add(joinIndex(path+".uid", i), "%d is nobody's user ID", u)
+		}
+	}
+	for i, g := range s.GID {
+		if g == math.MaxUint32 {
+			v.add(joinIndex(path+".gid", i), "%d is nobody's group ID", g)
 		}
 	}
 	for i, name := range s.Interface {

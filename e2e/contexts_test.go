@@ -6,6 +6,9 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/netip"
+	"os"
+	"os/exec"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -108,16 +111,38 @@ func TestContextsAtRunTime(t *testing.T) {
 		{[]string{"contexts", "rm", "x"}, 1},
 		{[]string{"attach", "--context", "work"}, 2},
 		{[]string{"attach", "--context", "work", "--pid", "4194303"}, 1},
+		{[]string{"attach", "--context", "work", "--pid", "2"}, 2}, // kthreadd
+		{[]string{"attach", "--context", "work", "--pid", strconv.Itoa(zombie(t))}, 1},
+		{[]string{"attach", "--context", "work", "--uid", "4294967295"}, 3},
+		{[]string{"attach", "--context", "work", "--cgroup", "/../.."}, 3},
+		{[]string{"guard", "off"}, 6},
 		{[]string{"detach", "--context", "work", "--uid", "17"}, 1},
 	} {
 		if r := m.CLI(tt.args...); r.Code != tt.code || strings.Count(r.Stderr, "\n") != 1 {
 			t.Errorf("%v: want exit %d and one line, got %v", tt.args, tt.code, r)
+		} else if said := strings.Split(r.Stderr, ": "); len(slices.Compact(said)) < strings.Count(r.Stderr, ": ")+1 {
+			t.Errorf("%v says it twice: %s", tt.args, r.Stderr)
 		}
 	}
 	must(t, m, "down")
 	if diff := before.Diff(l.Snapshot(t)); diff != "" {
 		t.Errorf("not as before:\n%s", diff)
 	}
+}
+
+// zombie is a process that has ended, and that its parent does not ask for.
+func zombie(t *testing.T) int {
+	t.Helper()
+	cmd := exec.Command("true")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = cmd.Wait() })
+	lab.Eventually(t, 5*time.Second, "a process has ended", func() bool {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", cmd.Process.Pid))
+		return err == nil && strings.Contains(string(b), ") Z ")
+	})
+	return cmd.Process.Pid
 }
 
 // TestExistingConnections attaches a process that has a connection: it stays in a context that keeps what is there, and is ended in one that

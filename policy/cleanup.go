@@ -23,7 +23,7 @@ func Cleanup(ctx context.Context, cfg Config, in Instance) (Report, error) {
 	cfg = cfg.withDefaults()
 	l, err := lockInstance(cfg.LockDir, in, cfg.Host.Netns())
 	if errors.Is(err, ErrConflict) {
-		return Report{Skipped: err.Error()}, nil
+		return Report{Skipped: strings.TrimPrefix(err.Error(), ErrConflict.Error()+": ")}, nil
 	}
 	if err != nil {
 		return Report{}, err

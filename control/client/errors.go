@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -37,9 +38,9 @@ type Error struct {
 	Path    string `json:"path"` // JSON path in the configuration or the request; "" when it does not apply
 }
 
-// Error returns the message, with the path in front when there is one.
+// Error returns the message, with the path in front when there is one that the message does not name itself.
 func (e *Error) Error() string {
-	if e.Path != "" {
+	if e.Path != "" && !strings.Contains(e.Message, e.Path+":") {
 		return e.Path + ": " + e.Message
 	}
 	return e.Message

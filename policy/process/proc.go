@@ -89,6 +89,45 @@ func SocketsOf(pid int) []uint32 {
 	return out
 }
 
+// ErrKernel is the error for a thread of the kernel, which no program executes.
+var ErrKernel = errors.New("it is a thread of the kernel")
+
+// Lives returns os.ErrNotExist when there is no such process, or nothing is left of it but what its parent has not asked for, and ErrKernel for a thread of the
+// kernel. A process whose first thread has ended lives as long as any other does.
+func Lives(pid int) error {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return os.ErrNotExist
+	}
+	zombie, kernel, err := parseState(string(b))
+	switch {
+	case err != nil:
+		return err
+	case kernel:
+		return ErrKernel
+	case !zombie:
+		return nil
+	}
+	if threads, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid)); err != nil || len(threads) < 2 {
+		return os.ErrNotExist
+	}
+	return nil
+}
+
+// parseState reads the state and the flags of /proc/PID/stat, fields 3 and 9.
+func parseState(s string) (zombie, kernel bool, err error) {
+	const kthread = 0x00200000 // PF_KTHREAD, include/linux/sched.h
+	f := strings.Fields(s[strings.LastIndexByte(s, ')')+1:])
+	if len(f) < 7 {
+		return false, false, fmt.Errorf("stat: %d fields", len(f)+2)
+	}
+	flags, err := strconv.ParseUint(f[6], 10, 32)
+	if err != nil {
+		return false, false, fmt.Errorf("stat: flags: %w", err)
+	}
+	return f[0] == "Z" || f[0] == "X", flags&kthread != 0, nil
+}
+
 // parseSocketLink reads `socket:[12345]`.
 func parseSocketLink(target string) (uint32, bool) {
 	s, ok := strings.CutPrefix(target, "socket:[")

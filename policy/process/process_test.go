@@ -3,6 +3,7 @@
 package process
 
 import (
+	"errors"
 	"encoding/binary"
 	"net"
 	"net/netip"
@@ -112,6 +113,7 @@ func FuzzProc(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, s string) {
 		_, _, _ = parseStat(s)
+		_, _, _ = parseState(s)
 		_, _ = parseSocketLink(s)
 		if p, ok := parseCgroup(s); ok && !strings.HasPrefix(p, "/") {
 			t.Fatalf("cgroup %q", p)
@@ -154,4 +156,28 @@ func FuzzFound(f *testing.F) {
 			t.Fatalf("%+v with %v", got, err)
 		}
 	})
+}
+
+func TestLives(t *testing.T) {
+	if err := Lives(os.Getpid()); err != nil {
+		t.Errorf("this one: %v", err)
+	}
+	if err := Lives(1 << 22); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("nobody: %v", err)
+	}
+	for stat, want := range map[string][2]bool{
+		"12 (a) b) Z 1 12 12 0 -1 4228108 0": {true, false},
+		"2 (kthreadd) S 0 0 0 0 -1 2129984 0": {false, true},
+		"7 (x) R 1 7 7 0 -1 4194304 0":        {false, false},
+	} {
+		zombie, kernel, err := parseState(stat)
+		if err != nil || zombie != want[0] || kernel != want[1] {
+			t.Errorf("%s: zombie %v, kernel %v, %v", stat, zombie, kernel, err)
+		}
+	}
+	for _, bad := range []string{"", "1 (x) S", "1 (x) S 0 0 0 0 -1 flags 0"} {
+		if _, _, err := parseState(bad); err == nil {
+			t.Errorf("%q is taken", bad)
+		}
+	}
 }

@@ -246,6 +246,9 @@ func TestSelection(t *testing.T) {
 		{"group of an executable", `"mode": "process", "select": { "exe": "/bin/x", "scope": "group" }`, selection{}, "with exe say tree or current"},
 		{"gateway of nobody", `"mode": "gateway"`, selection{}, "select is missing"},
 		{"unknown user", `"mode": "cgroup", "select": { "user": ["root", "no-such-user"] }`, selection{}, "select[0].user[1]"},
+		{"up from the cgroups", `"mode": "cgroup", "select": { "cgroup": "/../../etc" }`, selection{}, "select[0].cgroup[0]"},
+		{"no user", `"mode": "cgroup", "select": { "uid": 4294967295 }`, selection{}, "select[0].uid[0]"},
+		{"no group", `"mode": "cgroup", "exclude": { "gid": [5, 4294967295] }`, selection{}, "exclude[0].gid[1]"},
 		{"bad unit", `"mode": "cgroup", "exclude": { "unit": "a/b" }`, selection{}, "exclude[0].unit[0]"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -20,6 +20,7 @@ import (
 	"github.com/mutex-proxy/mutex/control"
 	"github.com/mutex-proxy/mutex/control/client"
 	"github.com/mutex-proxy/mutex/policy"
+	"github.com/mutex-proxy/mutex/policy/process"
 	"github.com/mutex-proxy/mutex/tun"
 )
 
@@ -206,7 +207,10 @@ func (b backend) Attach(ctx context.Context, name string, selector []byte) error
 		return asRequest(err)
 	}
 	for _, pid := range s.PID {
-		if _, err := os.Stat("/proc/" + strconv.Itoa(pid)); err != nil {
+		switch err := process.Lives(pid); {
+		case errors.Is(err, process.ErrKernel):
+			return &control.Error{Code: client.CodeBadRequest, Path: "$.pid", Message: fmt.Sprintf("process %d: %s, and sends nothing as a process does", pid, err)}
+		case err != nil:
 			return &control.Error{Code: client.CodeNotFound, Path: "$.pid", Message: fmt.Sprintf("there is no process %d", pid)}
 		}
 	}
