@@ -235,9 +235,11 @@ func (d *Daemon) shutdown(mode policy.StopMode) error {
 		errs = append(errs, d.manager.Close(ctx, mode))
 	}
 	errs = append(errs, d.watcher.dismiss())
-	for _, c := range d.live() {
-		c.close()
+	var closing sync.WaitGroup
+	for _, c := range d.live() { // side by side: the kernel takes its time to let a device go
+		closing.Go(c.close)
 	}
+	closing.Wait()
 	if d.owners != nil {
 		errs = append(errs, d.owners.Close())
 	}
