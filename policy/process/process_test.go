@@ -3,8 +3,8 @@
 package process
 
 import (
-	"errors"
 	"encoding/binary"
+	"errors"
 	"net"
 	"net/netip"
 	"os"
@@ -166,7 +166,7 @@ func TestLives(t *testing.T) {
 		t.Errorf("nobody: %v", err)
 	}
 	for stat, want := range map[string][2]bool{
-		"12 (a) b) Z 1 12 12 0 -1 4228108 0": {true, false},
+		"12 (a) b) Z 1 12 12 0 -1 4228108 0":  {true, false},
 		"2 (kthreadd) S 0 0 0 0 -1 2129984 0": {false, true},
 		"7 (x) R 1 7 7 0 -1 4194304 0":        {false, false},
 	} {
