@@ -34,6 +34,7 @@ func newLeaktestCommand(g *globals) *cobra.Command {
 get there, and says what arrived: plain sockets, sockets bound to the device, forged marks, raw sockets, fragments, ICMP, DNS, AF_PACKET, in IPv4 and
 IPv6. What is captured reaches the proxy as a connection to those addresses and fails there. It works with the daemon dead too: then the guard alone
 must hold. With --context the test runs as a process of that context; without it what is tested is the whole host.
+A proxy on this machine that connects from here itself, and not through a tunnel, reaches the device too: what it delivers counts as got through.
 
 Exit status 7 if anything got through.`,
 		Example: examples("sudo mprox leaktest", "sudo mprox leaktest --context work -o json"),
