@@ -157,7 +157,7 @@ func (w *doorman) look(ctx context.Context) (changed, again bool) {
 	}
 	for _, p := range unknown {
 		inode, ok := netns[p.Index]
-		if ok && (w.d.captured(inode) || letIn(pids[inode], inventory, chosen)) {
+		if ok && (w.d.captured(inode) || letIn(idsOf(pids[inode]), inventory, chosen)) {
 			known = append(known, p.Index)
 		} else {
 			again = true
@@ -166,18 +166,20 @@ func (w *doorman) look(ctx context.Context) (changed, again bool) {
 	return w.admit(foreign, known), again
 }
 
-// letIn reports whether processes are those of containers that the runtime knows, and that nobody has chosen.
-func letIn(pids []int, inventory process.Inventory, chosen map[string]bool) bool {
-	found := false
+// idsOf are the containers that processes may be of.
+func idsOf(pids []int) (ids []string) {
 	for _, pid := range pids {
-		for _, id := range process.ContainerIDs(pid) {
-			if chosen[id] {
-				return false
-			}
-			found = found || slices.ContainsFunc(inventory.Containers, func(c process.Container) bool { return c.ID == id })
-		}
+		ids = append(ids, process.ContainerIDs(pid)...)
 	}
-	return found
+	return ids
+}
+
+// letIn reports whether ids, from the names of cgroups, are those of containers that the runtime knows, and that nobody has chosen.
+func letIn(ids []string, inventory process.Inventory, chosen map[string]bool) bool {
+	if slices.ContainsFunc(ids, func(id string) bool { return chosen[id] }) {
+		return false
+	}
+	return slices.ContainsFunc(inventory.Containers, func(c process.Container) bool { return slices.Contains(ids, c.ID) })
 }
 
 // admit keeps who is let through, and reports whether that has changed.
@@ -196,7 +198,7 @@ func (w *doorman) admit(bridges []string, ports []int) bool {
 func (w *doorman) say(err error) {
 	if w.said != err.Error() {
 		w.said = err.Error()
-		w.d.log.Warn("containers that are started now stay closed: who they are is not known", zap.Error(err))
+		w.d.log.Warn("containers on bridges that are not known yet stay closed: nobody tells who they are", zap.Error(err))
 	}
 }
 

@@ -215,24 +215,29 @@ func (g *guest) tell(err error) {
 
 // visit captures the container as it is now, until its last process has ended.
 func (g *guest) visit(ctx context.Context) error {
-	pid, err := strconv.Atoi(g.name)
-	byPID := err == nil
-	if byPID {
-		_, err = policy.NetnsOf(pid)
-	}
-	if !byPID || errors.Is(err, os.ErrNotExist) {
-		byPID = false
-		found, err := g.d.containers.Find(ctx, g.name)
-		if err != nil {
-			return err
-		}
-		pid = found.PID
+	pid, byPID, err := g.d.whoIs(ctx, g.name)
+	if err != nil {
+		return err
 	}
 	err = g.take(ctx, pid)
 	if byPID && err == nil {
 		return errEnded
 	}
 	return err
+}
+
+// whoIs returns a process of the container that a name means: a number is that of a process, as long as it has one.
+func (d *Daemon) whoIs(ctx context.Context, name string) (pid int, byPID bool, err error) {
+	if pid, err = strconv.Atoi(name); err == nil {
+		switch err = process.Lives(pid); {
+		case err == nil:
+			return pid, true, nil
+		case !errors.Is(err, os.ErrNotExist): // the kernel's own threads are in the machine's first network namespace: nobody's container
+			return 0, true, fmt.Errorf("process %d: %w", pid, err)
+		}
+	}
+	found, err := d.containers.Find(ctx, name)
+	return found.PID, false, err
 }
 
 // take captures the namespace that a process is in, and returns when that process has ended. The capture stays until the namespace is empty: others
@@ -436,6 +441,8 @@ func notCaptured(err error) error {
 	switch {
 	case errors.Is(err, process.ErrNoContainer), errors.Is(err, os.ErrNotExist):
 		code = client.CodeNotFound
+	case errors.Is(err, process.ErrKernel):
+		code = client.CodeBadRequest
 	case errors.Is(err, process.ErrNoRuntime):
 		code = client.CodeUnavailable
 	default:
