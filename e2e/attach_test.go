@@ -40,7 +40,8 @@ func TestAttachContainer(t *testing.T) {
 	run("plain", "app", "sleep", "1000")
 	m := l.Mprox(t)
 	m.Env = []string{"DOCKER_HOST=" + d.Host()}
-	m.UpConfig(fmt.Sprintf(`{ "upstreams": { "p": { "url": %q } }, "contexts": { "c": { "mode": "process", "default": "p" } } }`, s.URL()))
+	m.UpConfig(fmt.Sprintf(`{ "upstreams": { "p": { "url": %q } }, "contexts": { "c": { "mode": "process", "default": "p" },
+		"other": { "mode": "process", "default": "reject" } } }`, s.URL()))
 
 	through := func(name, what string, want bool) {
 		t.Helper()
@@ -56,6 +57,9 @@ func TestAttachContainer(t *testing.T) {
 		}
 	}
 	must(t, m, "attach", "--context", "c", "--container", "web")
+	if r := m.CLI("attach", "--context", "other", "--container", "web"); r.Code != 6 || !strings.Contains(r.Stderr, "context c captures") || lines(r.Stderr) != 1 {
+		t.Errorf("in two contexts: %v", r)
+	}
 	cp := l.Capture(t)
 	through("web", "attached", true)
 	through("plain", "the other", false)

@@ -311,6 +311,23 @@ func TestCleanupRemovesADeadSocket(t *testing.T) {
 	}
 }
 
+// A value that a flag does not take is told in the user's words.
+func TestFlagErrors(t *testing.T) {
+	for _, tc := range []struct {
+		args []string
+		code int
+		want string
+	}{
+		{[]string{"contexts", "--of", "nosuch"}, exitUsage, `mprox: invalid argument "nosuch" for "--of" flag: invalid syntax; see mprox contexts --help`},
+		{[]string{"serve", "--max-connections", "99999999999999999999"}, exitUsage, `for "--max-connections" flag: value out of range;`},
+		{[]string{"run", "--bogus", "--", "true"}, exitRunFailed, "mprox: unknown flag: --bogus; see mprox run --help"},
+	} {
+		if r := mprox(t, tc.args...); r.code != tc.code || !strings.Contains(r.stderr, tc.want) || strings.Contains(r.stderr, "strconv") {
+			t.Errorf("%v: %+v", tc.args, r)
+		}
+	}
+}
+
 func TestExitCodes(t *testing.T) {
 	for _, tc := range []struct {
 		err  error

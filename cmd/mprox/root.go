@@ -6,10 +6,12 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
 	"os/signal"
+	"strconv"
 	"strings"
 	"time"
 
@@ -68,6 +70,7 @@ Exit codes: 0 ok, 1 failed, 2 wrong usage, 3 invalid configuration, 4 missing pr
 		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.CompletionOptions.DisableDefaultCmd = true
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return flagError(err) })
 	fl := root.PersistentFlags()
 	fl.StringVarP(&g.config, "config", "c", defaultConfig, "configuration `file`")
 	fl.StringVar(&g.socket, "socket", "", "control `socket` of the instance (default \""+client.DefaultSocket+"\", or what the given configuration says)")
@@ -115,6 +118,15 @@ func (g *globals) checkFlags() error {
 		return usageError("--log-level %q is none of debug, info, warn, error", g.logLevel)
 	}
 	return nil
+}
+
+// flagError is the error of a flag, without the name of the function that has not understood its value.
+func flagError(err error) error {
+	var num *strconv.NumError
+	if !errors.As(err, &num) {
+		return err
+	}
+	return errors.New(strings.Replace(err.Error(), num.Error(), num.Err.Error(), 1))
 }
 
 // execute runs one command line and returns the exit code, having told stderr of an error.

@@ -57,7 +57,7 @@ The exit status is COMMAND's; 125 means that mprox failed, 126 that COMMAND coul
 	fl.StringArrayVar(&r.DNS, "dns", nil, "DNS `server` asked through the proxy; repeatable")
 	fl.StringArrayVar(&r.Bypass, "bypass", nil, "address, prefix or class that stays direct; repeatable")
 	fl.StringVar(&r.Strategy, "strategy", "", "how a proxy of the pool is chosen: round-robin, failover")
-	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return runFailed(err) })
+	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return runFailed(flagError(err)) })
 	return cmd
 }
 

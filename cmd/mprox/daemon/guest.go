@@ -32,6 +32,9 @@ const (
 // errEnded: a process that was selected by its number is gone, and so is what the number meant.
 var errEnded = errors.New("it has ended")
 
+// errTaken: another context captures all that is in its network namespace.
+var errTaken = errors.New("it is captured already")
+
 // guest is one container that a context selects or excludes, by name or by a process in it, whether it runs or not.
 //
 //	find ──▶ seat (its own namespace) ──────────▶ its last process ends, or the guest is told to go ──▶ find
@@ -254,8 +257,13 @@ func (g *guest) take(ctx context.Context, pid int) error {
 		g.tell(nil)
 		return errors.Join(host.Ended(ctx), host.Close())
 	}
-	if g.d.seatIn(host.Netns().Inode) != nil {
-		g.tell(nil)
+	if s := g.d.seatIn(host.Netns().Inode); s != nil {
+		var err error
+		if s.c != g.c {
+			err = fmt.Errorf("%w: context %s captures its network namespace, for container %s", errTaken, s.c.name, s.name)
+			g.log.Warn("container is captured already", zap.Error(err))
+		}
+		g.tell(err)
 		return errors.Join(g.stand(ctx, host), host.Close())
 	}
 	s := &seat{d: g.d, c: g.c, name: g.name, host: host, log: g.log}
@@ -443,6 +451,8 @@ func notCaptured(err error) error {
 		code = client.CodeNotFound
 	case errors.Is(err, process.ErrKernel):
 		code = client.CodeBadRequest
+	case errors.Is(err, errTaken):
+		code = client.CodeConflict
 	case errors.Is(err, process.ErrNoRuntime):
 		code = client.CodeUnavailable
 	default:
