@@ -26,8 +26,7 @@ func TestContainerFirstPacket(t *testing.T) {
 	m.UpConfig(fmt.Sprintf(`{ "upstreams": { "p": { "url": %q } }, "contexts": { "c": { "mode": "process", "default": "p", "select": { "container": "later" } } } }`, s.URL()))
 	run := func(name, network string, more ...string) {
 		t.Helper()
-		// Whoever connects while the capture is being set up is told that it cannot be reached.
-		curl := "curl -sS -m 20 --retry 5 --retry-delay 1 --retry-all-errors"
+		curl := "curl -sS -m 20" // once: whoever connects while the capture is being set up waits for it
 		script := fmt.Sprintf("%s %s >/4 & %s %s >/6 & wait; sleep 1000", curl, originURL(false, "/"), curl, originURL(true, "/"))
 		d.Must(t, nil, append(append([]string{"docker", "run", "-d", "--name", name, "--network", network}, more...), "app", "sh", "-c", script)...)
 	}

@@ -285,7 +285,7 @@ func (l *lab) state() string {
 	l.t.Helper()
 	// ip sometimes says on stderr that it cannot name the peer's namespace.
 	return l.sh(`exec 2>/dev/null; ip rule; ip -6 rule; ip route show table all; ip -6 route show table all | sed '/^multicast/d';
-		nft list tables | sort | while read -r t; do nft list $t; done; ip -o link
+		nft list tables | sort | while read -r t; do nft list $t || true; done; ip -o link
 		for f in tcp_fwmark_accept conf/*/src_valid_mark conf/*/rp_filter; do echo $f $(cat /proc/sys/net/ipv4/$f); done`)
 }
 

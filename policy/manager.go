@@ -25,6 +25,8 @@ type Config struct {
 	Daemon *Daemon
 	// Changed is called for every change of links, addresses, routes, rules and nftables while the Manager watches; nil = nobody asks. It must not block.
 	Changed func()
+	// Open: the devices that Prepare's spec names are open, and their packets are read. Who connects meanwhile waits, and is not refused.
+	Open bool
 }
 
 func (c Config) withDefaults() Config {
@@ -89,8 +91,8 @@ func (m *Manager) Snapshot(ctx context.Context) (Snapshot, error) {
 	return m.host.Snapshot(ctx, base)
 }
 
-// Prepare takes the instance lock and those of the slots, writes the journal, and closes everything that spec captures: guard, unreachable
-// routes, rules, in that order. It adopts what a crashed instance left, capture first. ErrConflict, ErrPrivilege, ErrFeature; then nothing
+// Prepare takes the instance lock and those of the slots, writes the journal, and closes everything that spec captures (with Config.Open: captures
+// it): guard, unreachable routes, rules, in that order. It adopts what a crashed instance left, capture first. ErrConflict, ErrPrivilege, ErrFeature; then nothing
 // is changed. From now on foreign changes are repaired.
 func (m *Manager) Prepare(ctx context.Context, spec Spec) (err error) {
 	m.mu.Lock()
@@ -116,7 +118,9 @@ func (m *Manager) Prepare(ctx context.Context, spec Spec) (err error) {
 	if m.base.Features, err = m.host.Features(); err != nil {
 		return err
 	}
-	spec = closedSpec(spec)
+	if !m.cfg.Open {
+		spec = closedSpec(spec)
+	}
 	snap, err := m.host.Snapshot(ctx, spec.TableBase)
 	if err != nil {
 		return err

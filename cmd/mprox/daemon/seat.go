@@ -39,7 +39,8 @@ type seat struct {
 	opened  atomic.Bool // all of open has been done
 }
 
-// open goes from the outside in, as the start of the daemon does: everything is closed before anything is opened.
+// open goes from the inside out: first there is somebody to take the packets, then they are led to him. At the daemon's start everything is closed before;
+// here the way out is closed already (doorman), and the container's first connection is not to be refused.
 func (s *seat) open(ctx context.Context) error {
 	daemon, err := s.d.manager.Daemon()
 	if err != nil {
@@ -48,10 +49,7 @@ func (s *seat) open(ctx context.Context) error {
 	if err := tun.Available(); err != nil {
 		return err
 	}
-	s.manager = policy.NewManager(policy.Config{Host: s.host, Log: s.log, Daemon: &daemon})
-	if err := s.manager.Prepare(ctx, s.spec()); err != nil {
-		return err
-	}
+	s.manager = policy.NewManager(policy.Config{Host: s.host, Log: s.log, Daemon: &daemon, Open: true})
 	if s.owners, err = policy.NewOwners(s.host.LinuxHost); err != nil {
 		return err
 	}
@@ -73,7 +71,7 @@ func (s *seat) open(ctx context.Context) error {
 	if err := s.stack.Start(); err != nil {
 		return fmt.Errorf("netstack: %w", err)
 	}
-	if err := s.apply(ctx); err != nil {
+	if err := s.manager.Prepare(ctx, s.spec()); err != nil {
 		return err
 	}
 	s.c.mu.Lock()
