@@ -202,7 +202,7 @@ func TestUpstreams(t *testing.T) {
 	}
 	golden(t, "output/upstreams-test.txt", r.stdout)
 	r = mprox(t, "upstreams", "test", "berlin", "--target", "192.0.2.1:80", "-o", "json", "--socket", socket)
-	if r.code != exitFailed || !json.Valid([]byte(r.stdout)) || !strings.Contains(r.stderr, "berlin has failed") {
+	if r.code != exitFailed || !json.Valid([]byte(r.stdout)) || !strings.Contains(r.stderr, "berlin has failed: no connection to ") {
 		t.Errorf("got %+v", r)
 	}
 	if r := mprox(t, "upstreams", "test", "paris", "--target", "a", "--socket", socket); r.code != exitUsage {

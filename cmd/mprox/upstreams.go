@@ -4,7 +4,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -88,7 +87,7 @@ the server said. What is disabled or drained can be tested too. Exit status 1 if
 					return err
 				}
 				if !t.OK {
-					return errors.New("the test of " + t.Name + " has failed")
+					return fmt.Errorf("the test of %s has failed: no connection to %s", t.Name, target)
 				}
 				return nil
 			})
