@@ -166,7 +166,7 @@ func (e *entry) outcome(result string, err error) {
 // resultOf maps the cause that ended a flow from outside to its result.
 func resultOf(err error, otherwise string) string {
 	switch {
-	case errors.Is(err, ErrKilled):
+	case errors.Is(err, ErrKilled), errors.Is(err, ErrDisabled):
 		return ResultKilled
 	case errors.Is(err, ErrEvicted), errors.Is(err, ErrShort):
 		return ResultEvicted

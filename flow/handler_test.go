@@ -260,7 +260,8 @@ func TestKilledFlowsReset(t *testing.T) {
 		result string
 	}{
 		"kill":     {func(r *rig) { r.table.Kill(r.table.Snapshot()[0].ID) }, ResultKilled},
-		"reload":   {func(r *rig) { r.table.KillIf(func(*Info) bool { return true }) }, ResultReloaded},
+		"reload":   {func(r *rig) { r.table.KillIf(ErrRules, func(*Info) bool { return true }) }, ResultReloaded},
+		"disable":  {func(r *rig) { r.table.KillIf(ErrDisabled, func(*Info) bool { return true }) }, ResultKilled},
 		"shutdown": {func(r *rig) { r.Close() }, ResultShutdown},
 		"evict":    {func(r *rig) { r.table.evict(ErrEvicted) }, ResultEvicted},
 	} {

@@ -22,6 +22,7 @@ var (
 	ErrEvicted   = errors.New("longest idle flow of a full table")
 	ErrShort     = errors.New("longest idle flow when file descriptors ran out")
 	ErrRules     = errors.New("blocked by the new rules")
+	ErrDisabled  = errors.New("its upstream was disabled")
 	ErrClosed    = errors.New("context closed")
 	ErrIdle      = errors.New("half-closed and idle")
 	ErrTableFull = errors.New("flow table full")
@@ -256,13 +257,13 @@ func (t *Table) Kill(id uint64) bool {
 	return true
 }
 
-// KillIf ends the flows that f says yes to, and returns how many. It is for a reload: flows that the new rules block. A flow that is
-// being decided meanwhile is decided again by its handler, so none escapes as long as SetDecider comes first.
-func (t *Table) KillIf(f func(*Info) bool) int {
+// KillIf ends the flows that f says yes to, with cause, and returns how many. In a reload (ErrRules) a flow that is being decided meanwhile is decided
+// again by its handler, so none escapes as long as SetDecider comes first.
+func (t *Table) KillIf(cause error, f func(*Info) bool) int {
 	n := 0
 	for _, e := range t.entries() {
 		if i, ok := e.snapshot(); ok && f(&i) {
-			e.end(ErrRules)
+			e.end(cause)
 			n++
 		}
 	}

@@ -152,7 +152,7 @@ func TestTableKillIf(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if n := tb.KillIf(func(i *Info) bool { return i.ID%2 == 1 }); n != 3 {
+	if n := tb.KillIf(ErrRules, func(i *Info) bool { return i.ID%2 == 1 }); n != 3 {
 		t.Errorf("killed %d, want 3", n)
 	}
 	slices.Sort(killed)

@@ -326,7 +326,7 @@ func TestUDPReload(t *testing.T) {
 		u.SetDecider(always(Block, nil))
 		u.send("192.0.2.1:5000", "three")
 		u.want(nil, []string{"192.0.2.1:5000 three refused"})
-		if n := u.table.KillIf(func(i *Info) bool { return i.Upstream != "reject" }); n != 2 {
+		if n := u.table.KillIf(ErrRules, func(i *Info) bool { return i.Upstream != "reject" }); n != 2 {
 			t.Errorf("killed %d, want 2", n)
 		}
 		if !u.assoc(0).isClosed() || !u.assoc(1).isClosed() {

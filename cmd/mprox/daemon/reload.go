@@ -234,7 +234,7 @@ func (d *Daemon) setContexts(add, remove []*liveContext) {
 func (c *liveContext) setRules(rules *routing.Table) {
 	c.rules.Store(rules)
 	c.follow(rules)
-	c.table.KillIf(func(i *flow.Info) bool {
+	c.table.KillIf(flow.ErrRules, func(i *flow.Info) bool {
 		a := rules.Decide(i.Ruled()).Action
 		return a == flow.Block || a == flow.Drop
 	})
@@ -267,5 +267,5 @@ func (refuser) Needs(*flow.Flow) flow.Needs     { return 0 }
 // refuse ends all flows, and lets none begin until setRules.
 func (c *liveContext) refuse() {
 	c.follow(refuser{})
-	c.table.KillIf(func(*flow.Info) bool { return true })
+	c.table.KillIf(flow.ErrRules, func(*flow.Info) bool { return true })
 }

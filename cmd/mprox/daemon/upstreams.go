@@ -53,6 +53,9 @@ func (b backend) SetUpstream(name, state string) error {
 	if err != nil {
 		return err
 	}
+	if name == direct {
+		return &control.Error{Code: client.CodeUnsupported, Message: "direct is no upstream of yours, and cannot be switched: rules decide what goes directly"}
+	}
 	to := dialers.Enabled
 	switch state {
 	case dialers.Draining.String():
@@ -65,7 +68,7 @@ func (b backend) SetUpstream(name, state string) error {
 	}
 	if to == dialers.Disabled { // also those of a pool, whose connections are its members'
 		for _, c := range b.live() {
-			c.table.KillIf(func(i *flow.Info) bool { return i.Upstream == name })
+			c.table.KillIf(flow.ErrDisabled, func(i *flow.Info) bool { return i.Upstream == name })
 		}
 	}
 	return nil
