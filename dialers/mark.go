@@ -110,9 +110,13 @@ func (n *Net) dialTCP(ctx context.Context, to netip.AddrPort) (*TCPConn, error) 
 func (n *Net) ListenTCP(ctx context.Context, laddr netip.AddrPort) (*net.TCPListener, error) {
 	lc := net.ListenConfig{Control: n.control, KeepAliveConfig: n.keepAlive(), KeepAlive: n.cfg.KeepAlive}
 	lc.SetMultipathTCP(false) // an MPTCP socket can be neither spliced nor asked for TCP_INFO
+	network := "tcp"
+	if laddr.Addr().Is4() {
+		network = "tcp4" // 0.0.0.0 would be every address of both families
+	}
 	var l net.Listener
 	err := n.cfg.Inside(func() (err error) {
-		l, err = lc.Listen(ctx, "tcp", laddr.String())
+		l, err = lc.Listen(ctx, network, laddr.String())
 		return err
 	})
 	if err != nil {

@@ -3,6 +3,7 @@
 package dialers
 
 import (
+	"fmt"
 	"net"
 	"net/netip"
 	"os"
@@ -59,6 +60,23 @@ func TestMark(t *testing.T) {
 	udp.Close()
 	conn.Close()
 	l.Close()
+}
+
+// An IPv4 address to listen on means IPv4, also that of all of them.
+func TestListenTCPFamily(t *testing.T) {
+	l, err := NewNet(NetConfig{}).ListenTCP(testContext(t), netip.MustParseAddrPort("0.0.0.0:0"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	at := l.Addr().(*net.TCPAddr).AddrPort()
+	if !at.Addr().Is4() {
+		t.Errorf("listens on %v", at)
+	}
+	if c, err := net.Dial("tcp6", net.JoinHostPort("::1", fmt.Sprint(at.Port()))); err == nil {
+		c.Close()
+		t.Error("IPv6 is accepted")
+	}
 }
 
 // privileged reports whether this process may set marks.

@@ -112,6 +112,12 @@ func (c *session) listen(peer flow.Addr) ([]netip.Addr, *net.TCPListener, error)
 		return nil, nil, flow.ErrProhibited
 	}
 	u, err := n.DialUDP(ctx, netip.AddrPortFrom(peers[0], discard))
+	for _, other := range peers[1:] { // there may be no route to the first family
+		if err == nil {
+			break
+		}
+		u, err = n.DialUDP(ctx, netip.AddrPortFrom(other, discard))
+	}
 	if err != nil {
 		return nil, nil, err
 	}
