@@ -34,7 +34,8 @@ type Status struct {
 	State   State
 	// What has been learned: "yes", "no" or "unknown". They are re-learned: a "no" is tried again after a while.
 	UDP, IPv6, RemoteDNS, Bind string
-	// Auth is what the server last asked for, or took, with spaces between: none, password (SOCKS5), and the schemes of HTTP; "" = unknown.
+	// Auth is what the server last asked for, or took, with spaces between: none, password (SOCKS5), and the schemes of HTTP; "" = unknown. Of a pool,
+	// what its members' have.
 	Auth string
 	Warm int // connections that are ready for flows to come
 }

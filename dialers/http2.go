@@ -275,7 +275,10 @@ func (a *h2Asker) body() []byte {
 // responseOf is the part of a reply that matters.
 func responseOf(resp *http.Response) *response {
 	f := resp.Header
-	r := &response{status: resp.StatusCode, reason: http.StatusText(resp.StatusCode), squid: f.Get("X-Squid-Error"), proxy: f.Get("Proxy-Status")}
+	r := &response{
+		status: resp.StatusCode, reason: http.StatusText(resp.StatusCode), squid: f.Get("X-Squid-Error"), proxy: f.Get("Proxy-Status"),
+		length: resp.ContentLength,
+	}
 	r.challenges = f.Values("Proxy-Authenticate")
 	r.challenges = r.challenges[:min(len(r.challenges), maxChallenges)]
 	r.nextnonce = nextNonce(f.Get("Proxy-Authentication-Info"))

@@ -240,6 +240,17 @@ func TestHTTPHostile(t *testing.T) {
 	}
 }
 
+// An error page that is said to be empty is not waited for: the application waits as long.
+func TestHTTPNoErrorPage(t *testing.T) {
+	s := dialertest.Start(t, dialertest.ReadHead(), dialertest.Send("HTTP/1.1 502 X\r\nContent-Length: 0\r\n\r\n"), dialertest.Silent())
+	begin := time.Now()
+	_, err := dialer(t, "http://"+s.Addr.String()).Dial(testContext(t), addr(t, "example.com:80"))
+	wantError(t, err, flow.ReasonHostUnreachable, false)
+	if took := time.Since(begin); took >= bodyWait {
+		t.Errorf("took %v", took)
+	}
+}
+
 // A proxy may repeat what it was sent. The error shows its first line of text, without our credentials.
 func TestHTTPErrorPage(t *testing.T) {
 	code := base64.StdEncoding.EncodeToString([]byte("bob:" + testSecret))

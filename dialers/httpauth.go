@@ -77,7 +77,11 @@ func (h *HTTP) logIn(a asker, l *login) error {
 			}
 			continue
 		}
-		text := r.describe(a.body())
+		var body []byte
+		if r.length != 0 {
+			body = a.body()
+		}
+		text := r.describe(body)
 		if r.status == 407 && h.spec.Auth == "digest" && l.challenge == nil {
 			text += ", " + errNoDigest.Error()
 		}

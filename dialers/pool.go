@@ -209,7 +209,9 @@ func (p *Pool) Members() []Status {
 // Status sums the members up: up if one is, the latency of the fastest that is up, and capable of what one of them is capable of.
 func (p *Pool) Status() Status {
 	s := Status{Name: p.name, URL: "pool:" + p.strategy, UDP: no, IPv6: no, RemoteDNS: no, Bind: no, State: p.State()}
+	var auth []string
 	for _, m := range p.Members() {
+		auth = append(auth, strings.Fields(m.Auth)...)
 		s.Active, s.Total, s.Errors, s.Dropped = s.Active+m.Active, s.Total+m.Total, s.Errors+m.Errors, s.Dropped+m.Dropped
 		s.Warm += m.Warm
 		if m.Up && m.Latency > 0 && (s.Latency == 0 || m.Latency < s.Latency) {
@@ -222,6 +224,7 @@ func (p *Pool) Status() Status {
 			}
 		}
 	}
+	s.Auth = strings.Join(slices.Compact(slices.Sorted(slices.Values(auth))), " ")
 	return s
 }
 

@@ -368,6 +368,8 @@ func TestPoolStatus(t *testing.T) {
 	b.total.Store(4)
 	a.latency.Store(int64(time.Second))
 	b.latency.Store(int64(time.Millisecond))
+	a.auth.are("password")
+	b.auth.are("none")
 	inner, err := NewPool("inner", "", []flow.Dialer{b}, PoolConfig{})
 	if err != nil {
 		t.Fatal(err)
@@ -376,7 +378,7 @@ func TestPoolStatus(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := Status{Name: "eu", URL: "pool:round-robin", Up: true, Latency: time.Millisecond, Total: 7, UDP: unknown, IPv6: unknown, RemoteDNS: yes, Bind: unknown}
+	want := Status{Name: "eu", URL: "pool:round-robin", Up: true, Latency: time.Millisecond, Total: 7, UDP: unknown, IPv6: unknown, RemoteDNS: yes, Bind: unknown, Auth: "none password"}
 	if got := StatusOf(p); got != want {
 		t.Errorf("%+v", got)
 	}

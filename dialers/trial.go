@@ -266,7 +266,14 @@ func describe(scheme string, sent, got []byte) (name, says string) {
 	name = "request"
 	switch {
 	case scheme == SchemeHTTP || scheme == SchemeHTTPS:
-		line, _, _ := strings.Cut(string(got), "\n")
+		line, rest, _ := strings.Cut(string(got), "\n")
+		for strings.HasPrefix(line, "HTTP/1.") && len(line) > 9 && line[9] == '1' { // interim (RFC 9110 section 15.2): the answer comes behind
+			_, rest, _ = strings.Cut(strings.ReplaceAll(rest, "\r\n", "\n"), "\n\n")
+			if rest == "" {
+				break
+			}
+			line, rest, _ = strings.Cut(rest, "\n")
+		}
 		return name, strings.TrimSpace(line)
 	case len(got) < 2:
 		return name, ""

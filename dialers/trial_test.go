@@ -53,6 +53,13 @@ func TestTrial(t *testing.T) {
 			[]dialertest.Step{dialertest.ReadHead(), dialertest.Send("HTTP/1.1 502 No pqz here\r\n\r\n"), dialertest.Silent()},
 			"resolve:127.0.0.1 connect:ADDR request:HTTP/1.1 502 No *** here!",
 		},
+		{
+			"http with interim replies", "http://%s",
+			[]dialertest.Step{
+				dialertest.ReadHead(), dialertest.Send("HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early\r\nLink: x\r\n\r\nHTTP/1.1 200 Fine\r\n\r\n"), dialertest.Silent(),
+			},
+			"resolve:127.0.0.1 connect:ADDR request:HTTP/1.1 200 Fine",
+		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			s := dialertest.Start(t, tt.steps...)
