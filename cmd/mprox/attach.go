@@ -89,6 +89,7 @@ func selectorCommand(g *globals, cmd *cobra.Command, call func(*client.Client, c
 		return g.ask(cmd, changeTimeout, func(ctx context.Context, c *client.Client) error { return call(c, ctx, name, f.selector(cmd)) })
 	}
 	cmd.Flags().StringVar(&name, "context", "", "`name` of the context")
+	g.completeContextFlag(cmd)
 	f.register(cmd.Flags())
 	return cmd
 }

@@ -43,7 +43,7 @@ What add, rm, enable and disable change is in force at once, survives a reload, 
 	cmd.Flags().IntVar(&of, "of", 0, "say which context captures the process with this `PID`, and why")
 	simple := func(use, short string, call func(context.Context, *client.Client, string) error) *cobra.Command {
 		return &cobra.Command{
-			Use: use + " NAME", Short: short, Args: cobra.ExactArgs(1), Example: examples("mprox contexts " + use + " work"),
+			Use: use + " NAME", Short: short, Args: cobra.ExactArgs(1), ValidArgsFunction: firstOnly(g.completeContext()), Example: examples("mprox contexts " + use + " work"),
 			RunE: func(cmd *cobra.Command, args []string) error {
 				return g.ask(cmd, changeTimeout, func(ctx context.Context, c *client.Client) error { return call(ctx, c, args[0]) })
 			},

@@ -44,6 +44,7 @@ included. TYPE is A unless given. Exit code 1 means that the answer was a failur
 		},
 	}
 	query.Flags().StringVar(&contextName, "context", "", "`name` of the context (default: the only one, or the one named default)")
+	g.completeContextFlag(query)
 	cmd.AddCommand(query)
 	return cmd
 }

@@ -54,6 +54,7 @@ It asks the running daemon; with --config FILE it asks that file instead, which 
 	}
 	fl := cmd.Flags()
 	fl.StringVar(&r.Context, "context", "", "`name` of the context (default: the only one, or the one named default)")
+	g.completeContextFlag(cmd)
 	fl.Int64Var(&uid, "uid", 0, "user `id` of the process")
 	fl.Int64Var(&gid, "gid", 0, "group `id` of the process")
 	fl.IntVar(&r.PID, "pid", 0, "`id` of the process")

@@ -54,6 +54,7 @@ The exit status is COMMAND's; 125 means that mprox failed, 126 that COMMAND coul
 	fl.SetInterspersed(false) // what follows the command is the command's
 	fl.StringArrayVar(&r.Proxies, "proxy", nil, "proxy `URL`; repeated, the proxies are a pool")
 	fl.StringVar(&r.Context, "context", "", "`name` of a context of the running daemon")
+	g.completeContextFlag(cmd)
 	fl.StringArrayVar(&r.DNS, "dns", nil, "DNS `server` asked through the proxy; repeatable")
 	fl.StringArrayVar(&r.Bypass, "bypass", nil, "address, prefix or class that stays direct; repeatable")
 	fl.StringVar(&r.Strategy, "strategy", "", "how a proxy of the pool is chosen: round-robin, failover")
