@@ -20,6 +20,7 @@ import (
 	"runtime"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/miekg/dns"
 	"go.uber.org/zap"
@@ -228,11 +229,39 @@ func TestDNSFailure(t *testing.T) {
 	}
 }
 
+// limited has the limits of the flags' defaults.
+func (f serveFlags) limited() serveFlags {
+	f.connections, f.handshake, f.idle = 4096, 10*time.Second, 2*time.Hour
+	return f
+}
+
+// TestComplete: the shell is given the names that the daemon knows, and nothing without a daemon.
+func TestComplete(t *testing.T) {
+	_, socket := fakeDaemon(t)
+	for _, tc := range []struct {
+		args []string
+		want string
+	}{
+		{[]string{"upstreams", "test", ""}, "paris\n"},
+		{[]string{"upstreams", "drain", ""}, "paris\n"},
+		{[]string{"upstreams", "drain", "paris", ""}, ":4\n"},
+		{[]string{"contexts", "disable", ""}, "default\n"},
+		{[]string{"attach", "--context", ""}, "default\n"},
+	} {
+		if r := mprox(t, append([]string{"__complete", "--socket", socket}, tc.args...)...); r.code != 0 || !strings.Contains(r.stdout, tc.want) {
+			t.Errorf("%v: %+v", tc.args, r)
+		}
+	}
+	if r := mprox(t, "__complete", "--socket", socket+"x", "upstreams", "test", ""); r.stdout != ":4\n" {
+		t.Errorf("without a daemon: %+v", r)
+	}
+}
+
 // TestServe goes through the proxy by HTTP CONNECT, with and without the password, and stops it.
 func TestServe(t *testing.T) {
 	origin := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "hello") }))
 	defer origin.Close()
-	f := serveFlags{listen: "127.0.0.1:0", user: "alice", passwordFile: writeFile(t, filepath.Join(t.TempDir(), "pw"), "secret\r\nmore\n"), allow: []string{"127.0.0.1"}}
+	f := serveFlags{listen: "127.0.0.1:0", user: "alice", passwordFile: writeFile(t, filepath.Join(t.TempDir(), "pw"), "secret\r\nmore\n"), allow: []string{"127.0.0.1"}}.limited()
 	addr, cfg, err := f.check()
 	if err != nil {
 		t.Fatal(err)
@@ -308,11 +337,13 @@ func TestServeFlags(t *testing.T) {
 		{listen: ":1080", allow: []string{"example.com"}},
 		{listen: ":1080", deny: []string{"192.0.2.1/24"}},
 	} {
+		f = f.limited()
 		if _, _, err := f.check(); exitCode(err) != exitUsage {
 			t.Errorf("%+v: got %v", f, err)
 		}
 	}
-	addr, cfg, err := (&serveFlags{listen: ":1080"}).check()
+	all := serveFlags{listen: ":1080"}.limited()
+	addr, cfg, err := all.check()
 	if err != nil || cfg.Users != nil || cfg.Allow(netip.MustParseAddrPort("127.0.0.1:22")) || !cfg.Allow(netip.MustParseAddrPort("192.0.2.1:22")) || addr != netip.MustParseAddrPort("[::]:1080") {
 		t.Errorf("got %v %v %v", addr, cfg.Users, err)
 	}

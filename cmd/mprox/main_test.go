@@ -320,6 +320,11 @@ func TestFlagErrors(t *testing.T) {
 	}{
 		{[]string{"contexts", "--of", "nosuch"}, exitUsage, `mprox: invalid argument "nosuch" for "--of" flag: invalid syntax; see mprox contexts --help`},
 		{[]string{"serve", "--max-connections", "99999999999999999999"}, exitUsage, `for "--max-connections" flag: value out of range;`},
+		{[]string{"serve", "--max-connections", "0"}, exitUsage, "--idle-timeout are positive"},
+		{[]string{"serve", "--idle-timeout", "0s"}, exitUsage, "--idle-timeout are positive"},
+		{[]string{"upstreams", "test", "paris", "--target", ":80"}, exitUsage, `--target ":80" is not HOST:PORT`},
+		{[]string{"upstreams", "test", "paris", "--target", "a:70000"}, exitUsage, `--target "a:70000" is not HOST:PORT`},
+		{[]string{"upstreams", "test", "paris", "--target", "a:0"}, exitUsage, `--target "a:0" is not HOST:PORT`},
 		{[]string{"run", "--bogus", "--", "true"}, exitRunFailed, "mprox: unknown flag: --bogus; see mprox run --help"},
 	} {
 		if r := mprox(t, tc.args...); r.code != tc.code || !strings.Contains(r.stderr, tc.want) || strings.Contains(r.stderr, "strconv") {
@@ -429,7 +434,7 @@ func TestSizesAndSpans(t *testing.T) {
 			t.Errorf("size(%d) = %q, want %q", n, got, want)
 		}
 	}
-	for s, want := range map[float64]string{0: "0ms", 0.0213: "21ms", 1.5: "1.5s", 90: "1m30s", 3725: "1h2m", 93784: "1d2h"} {
+	for s, want := range map[float64]string{0: "0ms", 0.00034: "0.3ms", 0.0213: "21ms", 1.5: "1.5s", 90: "1m30s", 3725: "1h2m", 93784: "1d2h"} {
 		if got := span(s); got != want {
 			t.Errorf("span(%v) = %q, want %q", s, got, want)
 		}

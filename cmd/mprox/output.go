@@ -146,6 +146,8 @@ func size(n uint64) string {
 func span(seconds float64) string {
 	d := time.Duration(seconds * float64(time.Second))
 	switch {
+	case d > 0 && d < 10*time.Millisecond:
+		return fmt.Sprintf("%.1fms", seconds*1000)
 	case d < time.Second:
 		return fmt.Sprintf("%dms", d.Milliseconds())
 	case d < time.Minute:

@@ -96,7 +96,7 @@ func (f *serveFlags) check() (addr netip.AddrPort, cfg server.Config, err error)
 	if cfg.Allow, err = server.Destinations(f.allow, f.deny); err != nil {
 		return addr, cfg, usageError("--allow, --deny: %w", err)
 	}
-	if f.connections < 0 || f.handshake < 0 || f.idle < 0 {
+	if f.connections <= 0 || f.handshake <= 0 || f.idle <= 0 {
 		return addr, cfg, usageError("--max-connections, --handshake-timeout and --idle-timeout are positive")
 	}
 	cfg.MaxConns, cfg.HandshakeTimeout, cfg.IdleTimeout = f.connections, f.handshake, f.idle

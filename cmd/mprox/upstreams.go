@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"strconv"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -57,6 +58,8 @@ what they decide holds until the daemon stops or the upstream's configuration ch
 			Short:   s.short,
 			Example: examples("mprox upstreams " + s.name + " paris"),
 			Args:    cobra.ExactArgs(1),
+
+			ValidArgsFunction: g.completeUpstream(),
 			RunE: func(cmd *cobra.Command, args []string) error {
 				return g.ask(cmd, callTimeout, func(ctx context.Context, c *client.Client) error { return s.do(c, ctx, args[0]) })
 			},
@@ -74,8 +77,10 @@ func newUpstreamTestCommand(g *globals) *cobra.Command {
 the server said. What is disabled or drained can be tested too. Exit status 1 if a step has failed.`,
 		Example: examples("mprox upstreams test paris", "mprox upstreams test eu --target 192.0.2.80:80 -o json"),
 		Args:    cobra.ExactArgs(1),
+
+		ValidArgsFunction: g.completeUpstream(),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if _, _, err := net.SplitHostPort(target); err != nil {
+			if host, port, err := net.SplitHostPort(target); err != nil || host == "" || !isPort(port) {
 				return usageError("--target %q is not HOST:PORT, such as %s", target, client.DefaultTestTarget)
 			}
 			return g.ask(cmd, testTimeout, func(ctx context.Context, c *client.Client) error {
@@ -95,6 +100,11 @@ the server said. What is disabled or drained can be tested too. Exit status 1 if
 	}
 	cmd.Flags().StringVar(&target, "target", client.DefaultTestTarget, "`host:port` to connect to through the upstream")
 	return cmd
+}
+
+func isPort(s string) bool {
+	n, err := strconv.ParseUint(s, 10, 16)
+	return err == nil && n > 0
 }
 
 func writeUpstreamTest(g *globals, w io.Writer, t *client.UpstreamTest) error {
