@@ -114,11 +114,7 @@ func (s *SOCKS5) bindBeside(ctx context.Context, peer flow.Addr, local netip.Add
 		return b, err
 	}
 	_ = b.Close()
-	wildcard := netip.IPv6Unspecified()
-	if local.Is4() {
-		wildcard = netip.IPv4Unspecified()
-	}
-	if b, err = s.Bind(ctx, flow.Addr{IP: wildcard}); err != nil {
+	if b, err = s.Bind(ctx, flow.Addr{IP: wildcard(local)}); err != nil {
 		return nil, err
 	}
 	if at := b.Addr(); at.Addr().Is4() != local.Is4() {

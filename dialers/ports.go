@@ -95,6 +95,14 @@ func (p *ports) isReserved(port uint16) bool {
 	return false
 }
 
+// wildcard is the unspecified address of the family of ip.
+func wildcard(ip netip.Addr) netip.Addr {
+	if ip.Is4() {
+		return netip.IPv4Unspecified()
+	}
+	return netip.IPv6Unspecified()
+}
+
 // connect connects from a port that is free, or from one whose last connection to the same place has ended: where both have used timestamps,
 // the kernel lets a port that is named be used again at once (tcp_twsk_unique; RFC 6191), and one that it looks for itself only if
 // net.ipv4.tcp_tw_reuse is set. Without that, 28,000 connections a minute to one server were the limit.
@@ -105,17 +113,13 @@ func (n *Net) connect(ctx context.Context, to netip.AddrPort) (*net.TCPConn, err
 	if !errors.Is(err, unix.EADDRNOTAVAIL) {
 		return c, err
 	}
-	any := netip.IPv6Unspecified()
-	if to.Addr().Unmap().Is4() {
-		any = netip.IPv4Unspecified()
-	}
 	d.Control = n.control
 	for range portTries {
 		port, ok := n.ports.one(to.Port())
 		if !ok {
 			break
 		}
-		c, err := d.DialTCP(ctx, "tcp", netip.AddrPortFrom(any, port), to)
+		c, err := d.DialTCP(ctx, "tcp", netip.AddrPortFrom(wildcard(to.Addr().Unmap()), port), to)
 		if !errors.Is(err, unix.EADDRNOTAVAIL) && !errors.Is(err, unix.EADDRINUSE) {
 			return c, err
 		}

@@ -54,10 +54,7 @@ func (s *SOCKS5) associate(ctx context.Context) (*association, error) {
 		}
 		server := tcp.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap()
 		// The address we shall send from is not known: a NAT may lie between (RFC 1928: then zeros). In the server's own family.
-		from := flow.Addr{IP: netip.IPv4Unspecified()}
-		if server.Is6() {
-			from.IP = netip.IPv6Unspecified()
-		}
+		from := flow.Addr{IP: wildcard(server)}
 		if relay, err = s.request(ctl, cmdUDP, from); err != nil {
 			return err
 		}

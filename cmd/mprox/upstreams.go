@@ -6,13 +6,12 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"net"
-	"strconv"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/mutex-proxy/mutex/control/client"
+	"github.com/mutex-proxy/mutex/dialers"
 )
 
 // testTimeout is a little longer than what the daemon allows itself for a test.
@@ -80,7 +79,7 @@ the server said. What is disabled or drained can be tested too. Exit status 1 if
 
 		ValidArgsFunction: g.completeUpstream(),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if host, port, err := net.SplitHostPort(target); err != nil || host == "" || !isPort(port) {
+			if dst, err := dialers.ParseAddr(target); err != nil || dst.Port == 0 {
 				return usageError("--target %q is not HOST:PORT, such as %s", target, client.DefaultTestTarget)
 			}
 			return g.ask(cmd, testTimeout, func(ctx context.Context, c *client.Client) error {
@@ -100,11 +99,6 @@ the server said. What is disabled or drained can be tested too. Exit status 1 if
 	}
 	cmd.Flags().StringVar(&target, "target", client.DefaultTestTarget, "`host:port` to connect to through the upstream")
 	return cmd
-}
-
-func isPort(s string) bool {
-	n, err := strconv.ParseUint(s, 10, 16)
-	return err == nil && n > 0
 }
 
 func writeUpstreamTest(g *globals, w io.Writer, t *client.UpstreamTest) error {

@@ -101,8 +101,8 @@ func (c *session) listen(peer flow.Addr) ([]netip.Addr, *net.TCPListener, error)
 		return nil, l, err
 	}
 	peers := []netip.Addr{peer.IP}
+	var err error
 	if peer.Host != "" {
-		var err error
 		if peers, err = n.LookupHost(ctx, peer.Host); err != nil {
 			return nil, nil, err
 		}
@@ -111,12 +111,11 @@ func (c *session) listen(peer flow.Addr) ([]netip.Addr, *net.TCPListener, error)
 	if len(peers) == 0 {
 		return nil, nil, flow.ErrProhibited
 	}
-	u, err := n.DialUDP(ctx, netip.AddrPortFrom(peers[0], discard))
-	for _, other := range peers[1:] { // there may be no route to the first family
-		if err == nil {
+	var u *net.UDPConn
+	for _, ip := range peers { // there may be no route to the first family
+		if u, err = n.DialUDP(ctx, netip.AddrPortFrom(ip, discard)); err == nil {
 			break
 		}
-		u, err = n.DialUDP(ctx, netip.AddrPortFrom(other, discard))
 	}
 	if err != nil {
 		return nil, nil, err
