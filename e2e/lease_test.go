@@ -112,7 +112,8 @@ func TestLeaseOfCaptured(t *testing.T) {
 	m.UpConfig(fmt.Sprintf(`{ "upstreams": { "p": { "url": %q } }, "contexts": { "c": { "mode": "process", "default": "p", "select": { "uid": 4001 } } } }`, s.URL()))
 	lab.Start(t, "local", l.Client.Command("setpriv", "--reuid", "4002", "--regid", "4002", "--clear-groups", public, "serve", "--listen", "127.0.0.1:9999"))
 	lab.Eventually(t, 10*time.Second, "the proxy on this machine answers", func() bool {
-		return lab.Exec(t, l.Client.Command("curl", "-sS", "-m", "2", "-x", "socks5h://127.0.0.1:9999", originURL(false, "/"))).Code == 0
+		// Nothing of it leaves the machine, where it would be seen by the capture that starts now.
+		return lab.Exec(t, l.Client.Command("curl", "-sS", "-m", "2", "-x", "socks5h://127.0.0.1:9999", "http://127.0.0.1:1/")).Code == 97 // refused by the proxy
 	})
 	lease := func(uid int, args ...string) lab.Result {
 		return lab.Exec(t, leaseUser(l, m, public, uid, slices.Concat([]string{"run"}, args, []string{"--", "curl", "-sS", "-m", "5", originURL(false, "/")})...))

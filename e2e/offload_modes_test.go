@@ -46,6 +46,8 @@ func TestOffloadLimits(t *testing.T) {
 			if err := echoWord(stays, "hello"); err != nil {
 				t.Errorf("a flow that no rule blocks: %v", err)
 			}
+			// The application may have the answer before the daemon has written down when it came.
+			lab.Eventually(t, lab.Patience, "the answer is counted", func() bool { return w.flow(t, stays).BytesDown == 5 })
 
 			conns := []net.Conn{stays}
 			for range 16 {
