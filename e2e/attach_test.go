@@ -262,6 +262,12 @@ func TestAttachDevice(t *testing.T) {
 	m.UpConfig(fmt.Sprintf(`{ "upstreams": { "p": { "url": %q } }, "contexts": {
 		"c": { "mode": "process", "default": "p", "tun": { "offloads": "no-header", "queues": 2, "mtu": 1400 } },
 		"lan": { "mode": "gateway", "default": "p", "select": { "interface": "g2" } } } }`, s.URL()))
+	inside.run(t, "ip", "link", "set", "lo", "down")
+	inside.run(t, "ip", "addr", "flush", "dev", "lo")
+	if r := m.CLI("attach", "--context", "c", "--container", fmt.Sprint(inside.pid)); r.Code == 0 || !strings.Contains(r.Stderr, "ip link set lo up") {
+		t.Errorf("without lo: %v", r)
+	}
+	inside.run(t, "ip", "link", "set", "lo", "up")
 	must(t, m, "attach", "--context", "c", "--container", fmt.Sprint(inside.pid))
 	if r := inside.run(t, "ip", "-d", "link", "show", "mprox-c"); !strings.Contains(r.Stdout, "multi_queue") || strings.Contains(r.Stdout, "vnet_hdr on") || !strings.Contains(r.Stdout, "mtu 1400") {
 		t.Errorf("the device: %v", r)

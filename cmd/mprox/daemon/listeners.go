@@ -5,12 +5,14 @@ package daemon
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"sync"
 
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
+	"golang.org/x/sys/unix"
 
 	"github.com/mutex-proxy/mutex/dialers"
 )
@@ -45,6 +47,9 @@ func (ls *listeners) open(ctx context.Context, n *dialers.Net, r resolver, log *
 			if i == 1 {
 				log.Log(level, "no DNS listener on ::1: queries to it are dropped", zap.Error(err))
 				return nil
+			}
+			if errors.Is(err, unix.EADDRNOTAVAIL) {
+				return fmt.Errorf("%w: is lo up in this network namespace? (ip link set lo up)", err)
 			}
 			return err
 		}
