@@ -15,6 +15,8 @@ import (
 //	SYN-ACK written into the TUN with TTL AccelTTL ─▶ prerouting: ct mark ACCEL
 //	every later packet of the connection ─▶ output: ct mark ACCEL → mark ACCEL ─▶ ip rule ─▶ table A: local default dev lo
 //
+// Where BPF can be had, the application's socket has the mark itself (shortcut_linux.go), and its packets need not be routed twice.
+//
 // So conntrack remembers which flows are adopted, flow by flow, with no call of ours for each, and it also knows the packets that have no
 // socket any more (resets, time-wait). The mark is no way out: whoever carries it is delivered here (table A has nothing else), and the guard
 // drops it on any device but lo. A SYN is never led there: it opens a new connection, which has to be asked about.
@@ -95,11 +97,23 @@ func (g *guard) accelOutput(out *nfChain) {
 		return
 	}
 	mark := AccelMark(g.spec.Mask)
+	g.chain(nfChain{name: "opening", rules: []nfRule{
+		// Of a socket that has kept the mark: any server of this machine would seem to be the one that is meant.
+		rule(g.mark(false, mark), stCounter{guardCounter}, drop()),
+		rule(g.set(true, 0)),
+	}})
+	g.chain(nfChain{name: "adopted", rules: []nfRule{
+		rule(stSYN{}, goTo("opening")),
+		rule(g.mark(true, mark), g.mark(false, mark), stIface{out: true, name: "lo"}, accept()),
+		// An IPv6 socket keeps its route as long as that route is there, though table A, which was gone when it was looked up, has come back. A packet
+		// that has been changed is routed again; that it cannot go far does no harm on lo.
+		rule(g.mark(false, mark), stIface{out: true, not: true, name: "lo"}, stSetHopLimit(1)),
+		rule(g.set(false, mark), g.set(true, mark), accept()),
+	}})
 	out.rules = append(out.rules,
-		rule(g.mark(true, mark), stSYN{}, g.set(true, 0)),
-		rule(g.mark(true, mark), g.set(false, mark), accept()),
-		// The daemon's own end, when conntrack was flushed meanwhile.
-		rule(stProto{protoTCP}, g.mark(false, mark), stIface{out: true, name: "lo"}, g.set(true, mark), accept()))
+		rule(g.mark(true, mark), jump("adopted")),
+		// When conntrack was flushed meanwhile.
+		rule(stProto{protoTCP}, g.mark(false, mark), jump("adopted")))
 }
 
 // accelGuard lets adopted flows pass on lo, and nowhere else.
@@ -120,6 +134,8 @@ type (
 		ttl uint8
 	}
 	stSYNACK struct{} // SYN and ACK, neither RST nor FIN
+	// stSetHopLimit sets the hop limit; it matches IPv6 alone.
+	stSetHopLimit uint8
 )
 
 func (s stTTL) String() string {
@@ -128,5 +144,7 @@ func (s stTTL) String() string {
 	}
 	return fmt.Sprintf("ip ttl %d", s.ttl)
 }
+
+func (s stSetHopLimit) String() string { return fmt.Sprintf("ip6 hoplimit set %d", uint8(s)) }
 
 func (stSYNACK) String() string { return "tcp flags & (fin | syn | rst | ack) == syn | ack" }

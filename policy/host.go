@@ -40,7 +40,8 @@ type Host interface {
 
 	// Sockets lists what existed before conntrack saw it.
 	Sockets(ctx context.Context) (Sockets, error)
-	// DestroySockets ends the TCP connections whose mark within mask is one of values, so that the kernel sends nothing more for them.
+	// DestroySockets ends the TCP connections whose mark within mask is one of values, and those of adopted flows whose other end is no more, so
+	// that the kernel sends nothing more for them.
 	DestroySockets(values []uint32, mask uint32) error
 	// ResetSockets ends the connections that e means, and returns how many.
 	ResetSockets(ctx context.Context, e Existing) (int, error)

@@ -315,10 +315,18 @@ func (m *Manager) recordLocked(spec Spec, plan *Plan) error {
 // segments, past us.
 func (m *Manager) endSocketsLocked(spec Spec) {
 	var marks []uint32
+	gone := false
 	for _, j := range m.journal.Contexts {
-		if j.Mode != ModeGlobal && !slices.ContainsFunc(spec.Contexts, inSlot(j.Slot)) {
+		if slices.ContainsFunc(spec.Contexts, inSlot(j.Slot)) {
+			continue
+		}
+		gone = true
+		if j.Mode != ModeGlobal {
 			marks = append(marks, ContextMark(m.spec.Mask, j.Slot))
 		}
+	}
+	if !gone {
+		return
 	}
 	if err := m.host.DestroySockets(marks, m.spec.Mask); err != nil {
 		m.log.Debug("captured connections not ended", zap.Error(err))

@@ -134,6 +134,9 @@ func stmtExprs2(s nfStmt) ([]expr.Any, error) {
 			offset = 7
 		}
 		return append(family(s.v6), &expr.Payload{DestRegister: reg1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: 1}, cmpReg(false, []byte{s.ttl})), nil
+	case stSetHopLimit:
+		return append(family(true), &expr.Immediate{Register: reg1, Data: []byte{uint8(s)}},
+			&expr.Payload{OperationType: expr.PayloadWrite, SourceRegister: reg1, Base: expr.PayloadBaseNetworkHeader, Offset: 7, Len: 1}), nil
 	case stSYNACK:
 		flags := &expr.Payload{DestRegister: reg1, Base: expr.PayloadBaseTransportHeader, Offset: 13, Len: 1}
 		return append(l4(protoTCP), flags, masked([]byte{0x17}, []byte{0}), cmpReg(false, []byte{0x12})), nil

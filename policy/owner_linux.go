@@ -148,6 +148,12 @@ func (o *Owners) Lookup(proto uint8, src, dst netip.AddrPort) (Owner, error) {
 	return out, nil
 }
 
+// Waits reports whether a TCP socket of this machine that is bound to no device sends from src to dst.
+func (o *Owners) Waits(src, dst netip.AddrPort) bool {
+	_, err := o.exact.Socket(unix.IPPROTO_TCP, src, dst) // finds sockets that are bound to a device only if it is told which
+	return err == nil
+}
+
 // flow reads whose a flow's first packet was.
 func (o *Owners) flow(proto uint8, src, dst netip.AddrPort) (ownerRecord, bool) {
 	if src.Addr().Is4() != dst.Addr().Is4() {

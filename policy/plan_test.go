@@ -49,6 +49,14 @@ func selectSpec() Spec {
 	}}
 }
 
+// adopting lets all contexts adopt flows.
+func adopting(s Spec) Spec {
+	for i := range s.Contexts {
+		s.Contexts[i].Offload = true
+	}
+	return s
+}
+
 func TestPlanGolden(t *testing.T) {
 	service := &CgroupRef{Path: "/system.slice/mprox.service", ID: 99, Level: 2}
 	features := Features{Cgroup2: true, NFTSocket: true, NFTOwner: true, BPFSockMark: true}
@@ -72,6 +80,8 @@ func TestPlanGolden(t *testing.T) {
 			s.Links = append(s.Links, Link{Index: 4, Name: "ppp0", Up: true})
 			s.Routes = append(s.Routes, Route{Table: 254, Dst: netip.MustParsePrefix("0.0.0.0/0"), Dev: "ppp0", Metric: 900})
 		}},
+		{"global-offload", func() Spec { return adopting(globalSpec()) }, func(s *Snapshot) { s.Daemon.Cgroup = service }},
+		{"selected-offload", func() Spec { return adopting(selectSpec()) }, func(s *Snapshot) { s.Daemon.Cgroup = service }},
 		{"run", runSpec, func(*Snapshot) {}},
 		{"run-nft", runSpec, func(s *Snapshot) { s.Features.BPFSockMark = false }},
 		{"run-dead", func() Spec { return closedSpec(runSpec()) }, func(*Snapshot) {}},

@@ -85,20 +85,34 @@ func clientsOf(udp []process.Socket, from, to uint16) []uint16 {
 
 // DestroySockets implements Host.
 func (h *LinuxHost) DestroySockets(values []uint32, mask uint32) error {
-	if len(values) == 0 {
-		return nil
-	}
 	socks, err := h.diag.Dump(unix.IPPROTO_TCP, process.AllStates&^(1<<process.StateListen))
 	if err != nil {
 		return err
 	}
 	var errs error
-	for _, s := range socks {
-		if slices.Contains(values, s.Mark&mask) {
-			errs = errors.Join(errs, h.diag.Destroy(s))
-		}
+	for _, s := range doomed(socks, values, mask) {
+		errs = errors.Join(errs, h.diag.Destroy(s))
 	}
 	return errs
+}
+
+// doomed are the sockets that DestroySockets means.
+func doomed(socks []process.Socket, values []uint32, mask uint32) []process.Socket {
+	adopted := AccelMark(mask)
+	ends := map[Tuple]bool{}
+	for _, s := range socks {
+		if s.Mark&mask == adopted {
+			ends[Tuple{Local: s.Local, Remote: s.Remote}] = true
+		}
+	}
+	var out []process.Socket
+	for _, s := range socks {
+		orphan := s.Mark&mask == adopted && !ends[Tuple{Local: s.Remote, Remote: s.Local}]
+		if orphan || slices.Contains(values, s.Mark&mask) {
+			out = append(out, s)
+		}
+	}
+	return out
 }
 
 // Listener implements Host.

@@ -46,3 +46,25 @@ func TestClientsOf(t *testing.T) {
 		t.Error(diff)
 	}
 }
+
+// TestDoomed: sockets of a context that goes, and what is left of adopted flows. A flow with both ends may be another instance's.
+func TestDoomed(t *testing.T) {
+	const mask = 0xff000000
+	ap := netip.MustParseAddrPort
+	sock := func(mark uint32, local, remote string) process.Socket {
+		return process.Socket{Mark: mark, Local: ap(local), Remote: ap(remote)}
+	}
+	socks := []process.Socket{
+		sock(ContextMark(mask, 3)|0xabc, "192.0.2.1:1", "198.51.100.1:80"), sock(ContextMark(mask, 4), "192.0.2.1:2", "198.51.100.1:80"),
+		sock(0, "192.0.2.1:3", "198.51.100.1:80"), sock(AccelMark(mask)|0xabc, "192.0.2.1:4", "198.51.100.1:80"),
+		sock(AccelMark(mask), "192.0.2.1:5", "198.51.100.1:80"), sock(AccelMark(mask), "198.51.100.1:80", "192.0.2.1:5"),
+		sock(AccelMark(mask), "[2001:db8::1]:6", "[2001:db8::2]:80"), sock(0, "[2001:db8::2]:80", "[2001:db8::1]:6"),
+	}
+	var got []uint16
+	for _, s := range doomed(socks, []uint32{ContextMark(mask, 3)}, mask) {
+		got = append(got, s.Local.Port())
+	}
+	if diff := cmp.Diff([]uint16{1, 4, 6}, got); diff != "" {
+		t.Error(diff)
+	}
+}

@@ -107,10 +107,8 @@ func New(cfg Config) (*Stack, error) {
 	s.send.link = s.link
 	s.tcp = &tcpFront{s: s, max: cfg.MaxPendingTCP, pending: map[stack.TransportEndpointID]*syn{}, perSource: map[tcpip.Address]int{}, reuse: newReuse()}
 	if cfg.Offload != nil {
-		o := *cfg.Offload
-		o.MTU = cfg.Device.MTU()
 		var err error
-		if s.tcp.adopted.engine, err = offload.New(o); err != nil {
+		if s.tcp.adopted.engine, err = offload.New(*cfg.Offload); err != nil {
 			return nil, fmt.Errorf("stack: %w", err)
 		}
 	}

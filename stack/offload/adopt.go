@@ -5,6 +5,7 @@ package offload
 import (
 	"errors"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"net/netip"
 	"os"
@@ -19,7 +20,7 @@ import (
 // The order of things for one flow. Up to step 5 any failure leaves nothing behind, the application has not been answered, and the same SYN
 // goes to netstack. From step 5 on there is no way back, and nothing that fails in silence.
 //
-//	1 ParseSYN                                        what the application has said
+//	1 ParseSYN                                        what the application has said, if it is there
 //	2 socket, transparent, mark, TCP_REPAIR           nothing it does from here on sends a packet
 //	3 bind(destination), sequence numbers, connect(application), options, window
 //	4 TCP_REPAIR off, without a probe
@@ -54,6 +55,8 @@ const (
 	queueSend = 2 // TCP_SEND_QUEUE
 )
 
+var errSocket = errors.New("the application's socket is bound to a device, or gone")
+
 // repairWindow is struct tcp_repair_window.
 type repairWindow struct{ sndWl1, sndWnd, maxWindow, rcvWnd, rcvWup uint32 }
 
@@ -65,6 +68,9 @@ type repairOption struct{ code, value uint32 }
 func (e *Engine) Adopt(s *SYN, write func(synACK []byte) error) (*Conn, error) {
 	if s.Src.Addr().Is4() != s.Dst.Addr().Is4() {
 		return nil, errSYN
+	}
+	if e.cfg.Waits != nil && !e.cfg.Waits(s.Src, s.Dst) {
+		return nil, errSocket
 	}
 	fd, packet, err := e.build(s)
 	if err != nil {
@@ -115,7 +121,7 @@ func (e *Engine) build(s *SYN) (fd int, packet []byte, err error) {
 	if fd >= e.maxFD { // the kernel gives the lowest that is free: as many are taken
 		return fd, nil, errDescriptors
 	}
-	a := answer{seq: rand.Uint32(), mss: e.mss(family), scale: ourScale, ttl: e.cfg.TTL}
+	a := answer{seq: rand.Uint32(), mss: loMSS(family), scale: ourScale, ttl: e.cfg.TTL, more: e.cfg.Option}
 	if err := e.repair(fd, s, &a); err != nil {
 		return fd, nil, err
 	}
@@ -125,11 +131,13 @@ func (e *Engine) build(s *SYN) (fd int, packet []byte, err error) {
 	return fd, synACK(make([]byte, 0, maxAnswer), s, &a), nil
 }
 
-func (e *Engine) mss(family int) uint16 {
+// loMSS is the longest segment that lo takes: both ends are on this machine, whatever the TUN's MTU is. The application's kernel takes what its
+// own route has room for.
+func loMSS(family int) uint16 {
 	if family == unix.AF_INET {
-		return uint16(e.cfg.MTU - ip4Header - tcpHeader)
+		return math.MaxUint16 - ip4Header - tcpHeader
 	}
-	return uint16(e.cfg.MTU - ip6Header - tcpHeader)
+	return math.MaxUint16 - ip6Header - tcpHeader
 }
 
 // repair is steps 2 and 3.
@@ -167,11 +175,8 @@ func (e *Engine) repair(fd int, s *SYN, a *answer) error {
 
 // negotiate gives the socket what the two SYNs have agreed on.
 func negotiate(fd int, s *SYN, a *answer) error {
-	mss := s.MSS
-	if mss == 0 {
-		mss = defaultMSS
-	}
-	opts := [4]repairOption{{optMSS, uint32(max(mss, minMSS))}, {optScale, 0}}
+	// The application's own MSS is that of the TUN, where nothing of this goes.
+	opts := [4]repairOption{{optMSS, uint32(a.mss)}, {optScale, 0}}
 	n := 2
 	if s.HasScale {
 		opts[1].value = uint32(s.Scale) | ourScale<<16

@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"net/netip"
 	"os"
 	"runtime"
 	"sync"
@@ -25,7 +26,11 @@ import (
 type Config struct {
 	Mark uint32 // of the sockets towards applications: policy.AccelMark
 	TTL  uint8  // of the SYN-ACK: policy.AccelTTL
-	MTU  int    // of the TUN, in bytes
+	// Option is put into the SYN-ACK as it is: that of policy.Shortcut, or none. At most 16 bytes, a multiple of 4.
+	Option []byte
+	// Waits reports whether a socket of this machine, bound to no device, is connecting from src to dst: lo is no device that it could be bound
+	// to. nil = not asked.
+	Waits func(src, dst netip.AddrPort) bool
 }
 
 // maxWorkers bounds the workers of an Engine: above, the memory bus is the limit.
@@ -47,8 +52,11 @@ type Engine struct {
 
 // New returns an Engine that does nothing until Start.
 func New(cfg Config) (*Engine, error) {
-	if cfg.Mark == 0 || cfg.TTL == 0 || cfg.MTU < 576 {
-		return nil, errors.New("offload: mark, TTL or MTU is missing")
+	if cfg.Mark == 0 || cfg.TTL == 0 {
+		return nil, errors.New("offload: mark or TTL is missing")
+	}
+	if n := len(cfg.Option); n > maxMore || n%4 != 0 {
+		return nil, fmt.Errorf("offload: an option of %d bytes", n)
 	}
 	return &Engine{cfg: cfg, conns: map[*Conn]struct{}{}}, nil
 }

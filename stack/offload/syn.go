@@ -13,8 +13,7 @@ type SYN struct {
 	Src, Dst   netip.AddrPort // the application, and whom it wants to talk to
 	Seq        uint32
 	Window     uint16
-	MSS        uint16 // 0 = not said
-	Scale      uint8  // window scale, at most 14; only with HasScale
+	Scale      uint8 // window scale, at most 14; only with HasScale
 	HasScale   bool
 	SACK       bool
 	Timestamps bool
@@ -32,15 +31,13 @@ const (
 )
 
 const (
-	protoTCP   = 6
-	ip4Header  = 20
-	ip6Header  = 40
-	tcpHeader  = 20
-	maxScale   = 14   // RFC 7323 section 2.3
-	defaultMSS = 536  // RFC 9293 section 3.7.1
-	minMSS     = 88   // what the kernel's own stack assumes at least (TCP_MIN_SND_MSS is 48, with room for options)
-	flagSYN    = 0x02 // alone it opens a connection
-	flagACK    = 0x10
+	protoTCP  = 6
+	ip4Header = 20
+	ip6Header = 40
+	tcpHeader = 20
+	maxScale  = 14   // RFC 7323 section 2.3
+	flagSYN   = 0x02 // alone it opens a connection
+	flagACK   = 0x10
 )
 
 var errSYN = errors.New("not a SYN that can be read")
@@ -88,8 +85,6 @@ func (s *SYN) options(b []byte) bool {
 		}
 		v := b[2:b[1]]
 		switch {
-		case b[0] == optMSS && len(v) == 2:
-			s.MSS = binary.BigEndian.Uint16(v)
 		case b[0] == optScale && len(v) == 1:
 			s.Scale, s.HasScale = min(v[0], maxScale), true
 		case b[0] == optSACK && len(v) == 0:
@@ -110,14 +105,19 @@ type answer struct {
 	scale  uint8
 	ts     uint32
 	ttl    uint8
+	more   []byte // options of the caller's, a multiple of 4 long
 }
 
-// maxAnswer is the size of the longest SYN-ACK: IPv6, MSS, SACK, timestamps, window scale.
-const maxAnswer = ip6Header + tcpHeader + 20
+// The longest SYN-ACK: IPv6, MSS, SACK, timestamps, window scale, and as many options of the caller's as TCP has room for.
+const (
+	maxMore    = 16
+	maxOptions = 24 + maxMore
+	maxAnswer  = ip6Header + tcpHeader + maxOptions
+)
 
 // synACK appends the packet that answers s, from the destination to the application, with checksums.
 func synACK(b []byte, s *SYN, a *answer) []byte {
-	var room [tcpHeader + 20]byte
+	var room [tcpHeader + maxOptions]byte
 	t := room[:tcpHeader]
 	t = append(t, optMSS, 4, byte(a.mss>>8), byte(a.mss))
 	if s.SACK {
@@ -131,6 +131,7 @@ func synACK(b []byte, s *SYN, a *answer) []byte {
 	if s.HasScale {
 		t = append(t, optNop, optScale, 3, a.scale)
 	}
+	t = append(t, a.more...)
 	binary.BigEndian.PutUint16(t[0:], s.Dst.Port())
 	binary.BigEndian.PutUint16(t[2:], s.Src.Port())
 	binary.BigEndian.PutUint32(t[4:], a.seq)

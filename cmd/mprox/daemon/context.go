@@ -37,13 +37,13 @@ type liveContext struct {
 	name  string
 	slot  int
 	lease bool
-	// accelMark is that of adopted flows. What the kernel needs for them is there from the start, whatever the configuration says of offload: a
-	// rule may ask for it after a reload, and flows that were adopted before one live on.
-	accelMark uint32
-	forget    func(src, dst netip.AddrPort) error
-	log       *zap.Logger
-	net       *dialers.Net
-	table     *flow.Table
+	// offload is there from the start, and what the kernel needs for it, whatever the configuration says of it: a rule may ask for it after a
+	// reload, and flows that were adopted before one live on.
+	offload offload.Config
+	forget  func(src, dst netip.AddrPort) error
+	log     *zap.Logger
+	net     *dialers.Net
+	table   *flow.Table
 
 	names   *dns.Server
 	handler *flow.Handler
@@ -74,14 +74,15 @@ type contextEnv struct {
 	recorder flow.Recorder
 	stateDir string
 	forget   func(src, dst netip.AddrPort) error // makes conntrack forget a connection
-	docker   bool                                // the machine's resolver is Docker's: it knows the names of containers
+	offload  offload.Config
+	docker   bool // the machine's resolver is Docker's: it knows the names of containers
 	log      *zap.Logger
 }
 
 // newContext builds a context. It opens nothing.
 func newContext(cfg *config.Config, name string, slot int, ups *upstreams, env contextEnv) (*liveContext, error) {
 	c := &liveContext{name: name, slot: slot, cfg: cfg.Contexts[name], ups: ups, net: env.net}
-	c.accelMark, c.forget = policy.AccelMark(uint32(cfg.Kernel.MarkMask)), env.forget
+	c.offload, c.forget = env.offload, env.forget
 	c.log = env.log.With(zap.String("context", name))
 	// First without servers: an upstream that takes no names resolves a server's name through the module that is to ask it.
 	base := buildDNS(cfg, name, ups, plain, env)
@@ -156,7 +157,7 @@ func (c *liveContext) open(ctx context.Context) (err error) {
 	}
 	cfg := stack.Config{Device: dev, Handler: c.handler, Log: c.log}
 	if c.cfg.Mode != "gateway" {
-		cfg.Offload = &offload.Config{Mark: c.accelMark, TTL: policy.AccelTTL}
+		cfg.Offload = &c.offload
 		cfg.Forget = func(src, dst netip.AddrPort) {
 			if err := c.forget(src, dst); err != nil {
 				c.log.Debug("conntrack does not forget an adopted flow", zap.Error(err))

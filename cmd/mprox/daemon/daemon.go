@@ -26,6 +26,7 @@ import (
 	"github.com/mutex-proxy/mutex/flow"
 	"github.com/mutex-proxy/mutex/policy"
 	"github.com/mutex-proxy/mutex/policy/process"
+	"github.com/mutex-proxy/mutex/stack/offload"
 	"github.com/mutex-proxy/mutex/tun"
 )
 
@@ -61,6 +62,7 @@ type Daemon struct {
 	server  *control.Server
 
 	host      *policy.LinuxHost
+	shortcut  *policy.Shortcut
 	owners    *policy.Owners
 	manager   *policy.Manager
 	life      context.Context //nolint:containedctx // the daemon's own, for what outlives the call that began it
@@ -168,6 +170,7 @@ func (d *Daemon) start(ctx context.Context) error {
 	if d.ups, err = buildUpstreams(d.cfg, d.net, nil); err != nil {
 		return err
 	}
+	d.shortcut = policy.NewShortcut(mask)
 	for slot, name := range enabled(d.cfg) {
 		c, err := newContext(d.cfg, name, slot, d.ups, d.contextEnv(d.opt.StateDir))
 		if err != nil {
@@ -196,6 +199,7 @@ func (d *Daemon) start(ctx context.Context) error {
 	}
 	d.welcome(ctx)
 	d.ups.startChecks()
+	d.leftovers.Go(d.shorten)
 	if err := d.manager.Settle(ctx); err != nil { // tried again with the next repair
 		d.log.Warn("whose flows are whose is not written down yet", zap.Error(err))
 	}
@@ -209,6 +213,16 @@ func (d *Daemon) start(ctx context.Context) error {
 		return err
 	}
 	return nil
+}
+
+// shorten shortens the way of what applications send into adopted flows. Until it is done, and where it cannot be, they are only slower.
+func (d *Daemon) shorten() {
+	if policy.Marking(d.cfg.Kernel.Marking) == policy.MarkingNFT {
+		return
+	}
+	if err := d.shortcut.Attach(); err != nil {
+		d.log.Debug("adopted flows go the long way to their sockets", zap.Error(err))
+	}
 }
 
 // shutdown undoes start, in reverse. The kernel state goes after the flows have ended and before the devices vanish: the other way round,
@@ -240,6 +254,9 @@ func (d *Daemon) shutdown(mode policy.StopMode) error {
 		closing.Go(c.close)
 	}
 	closing.Wait()
+	if d.shortcut != nil {
+		errs = append(errs, d.shortcut.Close())
+	}
 	if d.owners != nil {
 		errs = append(errs, d.owners.Close())
 	}
@@ -259,7 +276,12 @@ func (d *Daemon) StopClosed() {
 }
 
 func (d *Daemon) contextEnv(stateDir string) contextEnv {
-	return contextEnv{net: d.net, owner: owner{d.owners, d.metrics}, ids: &d.ids, recorder: d.metrics, stateDir: stateDir, forget: d.host.ForgetConnection, docker: d.docker, log: d.log}
+	return contextEnv{
+		net: d.net, owner: owner{d.owners, d.metrics}, ids: &d.ids, recorder: d.metrics, stateDir: stateDir, docker: d.docker, log: d.log,
+		forget: d.host.ForgetConnection, offload: offload.Config{
+			Mark: policy.AccelMark(uint32(d.cfg.Kernel.MarkMask)), TTL: policy.AccelTTL, Option: d.shortcut.Option, Waits: d.owners.Waits,
+		},
+	}
 }
 
 // enabled lists the contexts that capture anything, in a fixed order: their position is their slot, and with it mark and table.

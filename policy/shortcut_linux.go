@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package policy
+
+import (
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/btf"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+
+	"github.com/mutex-proxy/mutex/policy/process"
+)
+
+// Where the members of struct bpf_sock_ops and of struct bpf_sock are, and their values (include/uapi/linux/bpf.h).
+const (
+	sockOpsOp      = 0      // op
+	sockOpsNew     = 8      // args[1]: the new state
+	sockOpsFlags   = 84     // bpf_sock_ops_cb_flags
+	sockOpsSock    = 184    // sk
+	bpfSockBound   = 0      // bound_dev_if
+	sockOpsActive  = 4      // BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB
+	sockOpsState   = 10     // BPF_SOCK_OPS_STATE_CB
+	sockOpsStateCB = 1 << 2 // BPF_SOCK_OPS_STATE_CB_FLAG
+	tcpClose       = 7      // BPF_TCP_CLOSE
+	storageCreate  = 1      // BPF_SK_STORAGE_GET_F_CREATE
+)
+
+// The option of a SYN-ACK by which the program knows an adopted flow: experimental (RFC 6994), of which the kernel takes no notice, and nothing
+// but random bytes, which nobody learns whom the SYN-ACK is not for. The kernel searches for the first four of them.
+const (
+	shortcutKind   = 253
+	shortcutMagic  = 4
+	sizeofShortcut = 16
+)
+
+// Shortcut is the short way of what applications send into adopted flows (accel.go): once the SYN-ACK is there, the application's socket itself
+// bears the mark of adopted flows, until it is closed. Its route is looked up once, not for each packet, and is that of lo, whose segments
+// are large. Nothing depends on it: without it, and for sockets that are bound to a device, each packet is led to the same place by the
+// connection's mark.
+//
+// It ends with the process; nothing of it is pinned.
+type Shortcut struct {
+	Option []byte // of the SYN-ACKs of adopted flows, whether the program is attached or not
+	mask   uint32
+	link   link.Link // nil = not attached
+}
+
+// NewShortcut touches nothing.
+func NewShortcut(mask uint32) *Shortcut {
+	s := &Shortcut{Option: make([]byte, sizeofShortcut), mask: mask}
+	_, _ = rand.Read(s.Option) // never fails
+	s.Option[0], s.Option[1] = shortcutKind, sizeofShortcut
+	return s
+}
+
+// Attach attaches the program to the root of all cgroups, once. ErrFeature: the kernel has no such programs, or refuses them, or cgroup v2 is not
+// mounted.
+func (s *Shortcut) Attach() error {
+	mount, root, err := process.Cgroup2Mount()
+	if err != nil || root != "/" {
+		return errors.Join(fmt.Errorf("%w: the root of cgroup v2 is not mounted here", ErrFeature), err)
+	}
+	// What the application's socket was marked with before. The kernel frees it with the socket.
+	word := &btf.Int{Name: "unsigned int", Size: 4}
+	before, err := ebpf.NewMap(&ebpf.MapSpec{
+		Name: "mprox_marks", Type: ebpf.SkStorage, KeySize: 4, ValueSize: 4, Key: word, Value: word, Flags: unix.BPF_F_NO_PREALLOC,
+	})
+	if err != nil {
+		return fmt.Errorf("%w: bpf map of marks: %w", ErrFeature, err)
+	}
+	defer closeQuietly(before)
+	p, err := ebpf.NewProgram(shortcutProgram(before, s.Option, s.mask))
+	if err != nil {
+		return fmt.Errorf("%w: bpf program shortcut: %w", ErrFeature, err)
+	}
+	defer closeQuietly(p)
+	if s.link, err = link.AttachCgroup(link.CgroupOptions{Path: mount, Program: p, Attach: ebpf.AttachCGroupSockOps}); err != nil {
+		return fmt.Errorf("%w: attach bpf program shortcut: %w", ErrFeature, err)
+	}
+	return nil
+}
+
+// Close detaches the program. Sockets that it has marked stay so; their connections have ended with the daemon.
+func (s *Shortcut) Close() error {
+	if s.link == nil {
+		return nil
+	}
+	return s.link.Close()
+}
+
+// shortcutProgram marks the socket whose SYN-ACK has the option, and gives it back its mark when it is closed: it may be connected again.
+//
+//	R6 context, R7 socket
+func shortcutProgram(before *ebpf.Map, option []byte, mask uint32) *ebpf.ProgramSpec {
+	const stMark, stOption = -8, -8 - sizeofShortcut
+	a := &assembler{}
+	sock := func() {
+		a.emit(asm.LoadMem(asm.R7, asm.R6, sockOpsSock, asm.DWord), asm.JEq.Imm(asm.R7, 0, "out"))
+	}
+	storage := func(flags int32) {
+		a.emit(
+			asm.LoadMapPtr(asm.R1, before.FD()), asm.Mov.Reg(asm.R2, asm.R7), asm.Mov.Imm(asm.R3, 0), asm.Mov.Imm(asm.R4, flags),
+			asm.FnSkStorageGet.Call(),
+			asm.JEq.Imm(asm.R0, 0, "out"))
+	}
+	mark := func() {
+		a.emit(
+			asm.Mov.Reg(asm.R1, asm.R6), asm.Mov.Imm(asm.R2, unix.SOL_SOCKET), asm.Mov.Imm(asm.R3, unix.SO_MARK),
+			asm.Mov.Reg(asm.R4, asm.RFP), asm.Add.Imm(asm.R4, stMark), asm.Mov.Imm(asm.R5, 4),
+			asm.FnSetsockopt.Call())
+	}
+	a.emit(
+		asm.Mov.Reg(asm.R6, asm.R1),
+		asm.LoadMem(asm.R1, asm.R6, sockOpsOp, asm.Word),
+		asm.JEq.Imm(asm.R1, sockOpsState, "state"),
+		asm.JNE.Imm(asm.R1, sockOpsActive, "out"))
+
+	a.zero(stOption, sizeofShortcut)
+	for i := range int16(2 + shortcutMagic) {
+		value := option[i]
+		if i == 1 {
+			value = 2 + shortcutMagic
+		}
+		a.emit(asm.StoreImm(asm.RFP, stOption+i, int64(value), asm.Byte))
+	}
+	a.emit(
+		asm.Mov.Reg(asm.R1, asm.R6), asm.Mov.Reg(asm.R2, asm.RFP), asm.Add.Imm(asm.R2, stOption),
+		asm.Mov.Imm(asm.R3, sizeofShortcut), asm.Mov.Imm(asm.R4, 0),
+		asm.FnLoadHdrOpt.Call(),
+		asm.JNE.Imm(asm.R0, sizeofShortcut, "out"))
+	for i := 0; i < sizeofShortcut; i += 8 {
+		a.emit(
+			asm.LoadMem(asm.R1, asm.RFP, int16(stOption+i), asm.DWord),
+			asm.LoadImm(asm.R2, int64(binary.NativeEndian.Uint64(option[i:])), asm.DWord),
+			asm.JNE.Reg(asm.R1, asm.R2, "out"))
+	}
+	sock()
+	a.emit(asm.LoadMem(asm.R1, asm.R7, bpfSockBound, asm.Word), asm.JNE.Imm(asm.R1, 0, "out"))
+	storage(storageCreate)
+	a.emit(
+		asm.LoadMem(asm.R1, asm.R7, bpfSockMark, asm.Word),
+		asm.StoreMem(asm.R0, 0, asm.R1, asm.Word),
+		asm.And.Imm32(asm.R1, int32(^mask)),
+		asm.Or.Imm32(asm.R1, int32(AccelMark(mask))),
+		asm.StoreMem(asm.RFP, stMark, asm.R1, asm.Word))
+	mark()
+	a.emit(
+		asm.Mov.Reg(asm.R1, asm.R6), asm.LoadMem(asm.R2, asm.R6, sockOpsFlags, asm.Word), asm.Or.Imm(asm.R2, sockOpsStateCB),
+		asm.FnSockOpsCbFlagsSet.Call(),
+		asm.Ja.Label("out"))
+
+	a.at("state")
+	a.emit(asm.LoadMem(asm.R1, asm.R6, sockOpsNew, asm.Word), asm.JNE.Imm(asm.R1, tcpClose, "out"))
+	sock()
+	storage(0)
+	a.emit(asm.LoadMem(asm.R1, asm.R0, 0, asm.Word), asm.StoreMem(asm.RFP, stMark, asm.R1, asm.Word))
+	mark()
+	a.returns("out", 1)
+	return &ebpf.ProgramSpec{Name: "mprox_shortcut", Type: ebpf.SockOps, AttachType: ebpf.AttachCGroupSockOps, Instructions: a.ins, License: "GPL"}
+}
