@@ -86,9 +86,10 @@ func (w *wire) flow(t *testing.T, app net.Conn) (f lab.Flow) {
 	t.Helper()
 	src := app.LocalAddr().String()
 	lab.Eventually(t, lab.Patience, "the flow of "+src, func() bool {
-		i := slices.IndexFunc(w.m.Flows(), func(f lab.Flow) bool { return f.Src == src && f.Path != "" })
+		all := w.m.Flows()
+		i := slices.IndexFunc(all, func(f lab.Flow) bool { return f.Src == src && f.Path != "" })
 		if i >= 0 {
-			f = w.m.Flows()[i]
+			f = all[i]
 		}
 		return i >= 0
 	})
