@@ -23,7 +23,6 @@ const (
 	sockOpsNew     = 8      // args[1]: the new state
 	sockOpsFlags   = 84     // bpf_sock_ops_cb_flags
 	sockOpsSock    = 184    // sk
-	bpfSockBound   = 0      // bound_dev_if
 	sockOpsActive  = 4      // BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB
 	sockOpsState   = 10     // BPF_SOCK_OPS_STATE_CB
 	sockOpsStateCB = 1 << 2 // BPF_SOCK_OPS_STATE_CB_FLAG
@@ -41,8 +40,7 @@ const (
 
 // Shortcut is the short way of what applications send into adopted flows (accel.go): once the SYN-ACK is there, the application's socket itself
 // bears the mark of adopted flows, until it is closed. Its route is looked up once, not for each packet, and is that of lo, whose segments
-// are large. Nothing depends on it: without it, and for sockets that are bound to a device, each packet is led to the same place by the
-// connection's mark.
+// are large. Nothing depends on it: without it each packet is led to the same place by the connection's mark.
 //
 // It ends with the process; nothing of it is pinned.
 type Shortcut struct {
@@ -141,7 +139,6 @@ func shortcutProgram(before *ebpf.Map, option []byte, mask uint32) *ebpf.Program
 			asm.JNE.Reg(asm.R1, asm.R2, "out"))
 	}
 	sock()
-	a.emit(asm.LoadMem(asm.R1, asm.R7, bpfSockBound, asm.Word), asm.JNE.Imm(asm.R1, 0, "out"))
 	storage(storageCreate)
 	a.emit(
 		asm.LoadMem(asm.R1, asm.R7, bpfSockMark, asm.Word),
