@@ -56,7 +56,7 @@ type HTTP struct {
 type Kernel struct {
 	MarkMask     Mark   `json:"mark_mask" default:"0xff000000" fixed:"true" doc:"The bits of the packet mark that are ours: one run of at least 8 bits. All others are preserved."`
 	TableBase    uint32 `json:"table_base" default:"19760" min:"256" max:"4294967040" fixed:"true" doc:"The first routing table; contexts use this one and the 479 after it."`
-	Marking      string `json:"marking" default:"auto" enum:"auto,bpf,nft" fixed:"true" doc:"How the sockets of selected processes are told apart: by BPF programs (auto: nftables where the kernel refuses them), by them or not at all (bpf), by nftables alone (nft)."`
+	Marking      string `json:"marking" default:"auto" enum:"auto,bpf,nft" fixed:"true" doc:"How the sockets of selected processes are told apart: by BPF programs (auto: nftables where the kernel refuses them), by them or not at all (bpf), by nftables alone, without any BPF (nft)."`
 	RulePriority uint32 `json:"rule_priority" default:"8000" min:"1" max:"32000" fixed:"true" doc:"The priority of our first ip rule; it must lie before the main table's 32766."`
 }
 
