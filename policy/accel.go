@@ -15,11 +15,11 @@ import (
 //	SYN-ACK written into the TUN with TTL AccelTTL ─▶ prerouting: ct mark ACCEL
 //	every later packet of the connection ─▶ output: ct mark ACCEL → mark ACCEL ─▶ ip rule ─▶ table A: local default dev lo
 //
-// Where BPF can be had, the application's socket has the mark itself (shortcut_linux.go), and its packets need not be routed twice.
-//
 // So conntrack remembers which flows are adopted, flow by flow, with no call of ours for each, and it also knows the packets that have no
 // socket any more (resets, time-wait). The mark is no way out: whoever carries it is delivered here (table A has nothing else), and the guard
 // drops it on any device but lo. A SYN is never led there: it opens a new connection, which has to be asked about.
+//
+// Where BPF can be had, the application's socket bears the mark itself (shortcut_linux.go), so that its packets need not be routed twice.
 
 // markAccel is the value of adopted flows inside the mask: together with inbound, bypass and the unused 0x4c one comparison tells it from
 // contexts.
