@@ -10,7 +10,6 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
-	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
@@ -27,7 +26,6 @@ const (
 	sockOpsState   = 10     // BPF_SOCK_OPS_STATE_CB
 	sockOpsStateCB = 1 << 2 // BPF_SOCK_OPS_STATE_CB_FLAG
 	tcpClose       = 7      // BPF_TCP_CLOSE
-	storageCreate  = 1      // BPF_SK_STORAGE_GET_F_CREATE
 )
 
 // The option of a SYN-ACK by which the program knows an adopted flow: experimental (RFC 6994), of which the kernel takes no notice, and nothing
@@ -37,6 +35,9 @@ const (
 	shortcutMagic  = 4
 	sizeofShortcut = 16
 )
+
+// maxShortcuts bounds the sockets that are marked at a time. Those beyond go the long way.
+const maxShortcuts = 65536
 
 // Shortcut is the short way of what applications send into adopted flows (accel.go): once the SYN-ACK is there, the application's socket itself
 // bears the mark of adopted flows, until it is closed. Its route is looked up once, not for each packet, and is that of lo, whose segments
@@ -64,10 +65,9 @@ func (s *Shortcut) Attach() error {
 	if err != nil || root != "/" {
 		return errors.Join(fmt.Errorf("%w: the root of cgroup v2 is not mounted here", ErrFeature), err)
 	}
-	// What the application's socket was marked with before. The kernel frees it with the socket.
-	word := &btf.Int{Name: "unsigned int", Size: 4}
+	// What sockets were marked with before, by their cookies. Storage of the socket's own would be freed by a kernel thread, after a grace period.
 	before, err := ebpf.NewMap(&ebpf.MapSpec{
-		Name: "mprox_marks", Type: ebpf.SkStorage, KeySize: 4, ValueSize: 4, Key: word, Value: word, Flags: unix.BPF_F_NO_PREALLOC,
+		Name: "mprox_marks", Type: ebpf.Hash, KeySize: 8, ValueSize: 4, MaxEntries: maxShortcuts, Flags: unix.BPF_F_NO_PREALLOC,
 	})
 	if err != nil {
 		return fmt.Errorf("%w: bpf map of marks: %w", ErrFeature, err)
@@ -94,18 +94,12 @@ func (s *Shortcut) Close() error {
 
 // shortcutProgram marks the socket whose SYN-ACK has the option, and gives it back its mark when it is closed: it may be connected again.
 //
-//	R6 context, R7 socket
+//	R6 context, R7 socket, then its mark
 func shortcutProgram(before *ebpf.Map, option []byte, mask uint32) *ebpf.ProgramSpec {
-	const stMark, stOption = -8, -8 - sizeofShortcut
+	const stMark, stCookie, stOption = -8, -16, -16 - sizeofShortcut
 	a := &assembler{}
-	sock := func() {
-		a.emit(asm.LoadMem(asm.R7, asm.R6, sockOpsSock, asm.DWord), asm.JEq.Imm(asm.R7, 0, "out"))
-	}
-	storage := func(flags int32) {
-		a.emit(
-			asm.LoadMapPtr(asm.R1, before.FD()), asm.Mov.Reg(asm.R2, asm.R7), asm.Mov.Imm(asm.R3, 0), asm.Mov.Imm(asm.R4, flags),
-			asm.FnSkStorageGet.Call(),
-			asm.JEq.Imm(asm.R0, 0, "out"))
+	cookie := func() {
+		a.emit(asm.Mov.Reg(asm.R1, asm.R6), asm.FnGetSocketCookie.Call(), asm.StoreMem(asm.RFP, stCookie, asm.R0, asm.DWord))
 	}
 	mark := func() {
 		a.emit(
@@ -138,14 +132,18 @@ func shortcutProgram(before *ebpf.Map, option []byte, mask uint32) *ebpf.Program
 			asm.LoadImm(asm.R2, int64(binary.NativeEndian.Uint64(option[i:])), asm.DWord),
 			asm.JNE.Reg(asm.R1, asm.R2, "out"))
 	}
-	sock()
-	storage(storageCreate)
+	cookie()
 	a.emit(
-		asm.LoadMem(asm.R1, asm.R7, bpfSockMark, asm.Word),
-		asm.StoreMem(asm.R0, 0, asm.R1, asm.Word),
-		asm.And.Imm32(asm.R1, int32(^mask)),
-		asm.Or.Imm32(asm.R1, int32(AccelMark(mask))),
-		asm.StoreMem(asm.RFP, stMark, asm.R1, asm.Word))
+		asm.LoadMem(asm.R7, asm.R6, sockOpsSock, asm.DWord),
+		asm.JEq.Imm(asm.R7, 0, "out"),
+		asm.LoadMem(asm.R7, asm.R7, bpfSockMark, asm.Word),
+		asm.StoreMem(asm.RFP, stMark, asm.R7, asm.Word))
+	a.update(before, stCookie, stMark)
+	a.emit(
+		asm.JNE.Imm(asm.R0, 0, "out"),
+		asm.And.Imm32(asm.R7, int32(^mask)),
+		asm.Or.Imm32(asm.R7, int32(AccelMark(mask))),
+		asm.StoreMem(asm.RFP, stMark, asm.R7, asm.Word))
 	mark()
 	a.emit(
 		asm.Mov.Reg(asm.R1, asm.R6), asm.LoadMem(asm.R2, asm.R6, sockOpsFlags, asm.Word), asm.Or.Imm(asm.R2, sockOpsStateCB),
@@ -154,10 +152,11 @@ func shortcutProgram(before *ebpf.Map, option []byte, mask uint32) *ebpf.Program
 
 	a.at("state")
 	a.emit(asm.LoadMem(asm.R1, asm.R6, sockOpsNew, asm.Word), asm.JNE.Imm(asm.R1, tcpClose, "out"))
-	sock()
-	storage(0)
-	a.emit(asm.LoadMem(asm.R1, asm.R0, 0, asm.Word), asm.StoreMem(asm.RFP, stMark, asm.R1, asm.Word))
+	cookie()
+	a.lookup(before, stCookie)
+	a.emit(asm.JEq.Imm(asm.R0, 0, "out"), asm.LoadMem(asm.R1, asm.R0, 0, asm.Word), asm.StoreMem(asm.RFP, stMark, asm.R1, asm.Word))
 	mark()
+	a.remove(before, stCookie)
 	a.returns("out", 1)
 	return &ebpf.ProgramSpec{Name: "mprox_shortcut", Type: ebpf.SockOps, AttachType: ebpf.AttachCGroupSockOps, Instructions: a.ins, License: "GPL"}
 }
