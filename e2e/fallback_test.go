@@ -128,16 +128,7 @@ func udpTrain(t *testing.T, l *lab.Lab, a netip.Addr) {
 	t.Helper()
 	const size, n = 1000, 12
 	c := udpSocket(t, l, a)
-	raw, err := c.SyscallConn()
-	if err == nil {
-		cerr := raw.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_UDP, unix.UDP_SEGMENT, size) })
-		if err == nil {
-			err = cerr
-		}
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	ofSocket(t, c, func(fd int) error { return unix.SetsockoptInt(fd, unix.SOL_UDP, unix.UDP_SEGMENT, size) })
 	seen := map[string]bool{}
 	buf := make([]byte, 1<<16)
 	for try := 0; try < 3 && len(seen) < n; try++ { // loss is not an error of UDP

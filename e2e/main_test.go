@@ -5,9 +5,11 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -43,6 +45,19 @@ func originURL(v6 bool, path string) string {
 		return fmt.Sprintf("http://[%s]%s", lab.OriginV6, path)
 	}
 	return fmt.Sprintf("http://%s%s", lab.OriginV4, path)
+}
+
+// ofSocket calls f with the descriptor of a connection.
+func ofSocket(t *testing.T, c syscall.Conn, f func(fd int) error) {
+	t.Helper()
+	rc, err := c.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var ferr error
+	if err := errors.Join(rc.Control(func(fd uintptr) { ferr = f(int(fd)) }), ferr); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // within runs f and fails the test if it takes longer than d.

@@ -233,23 +233,13 @@ func urgentData(t *testing.T, w *wire, a netip.Addr) {
 	t.Helper()
 	app, far := w.open(t, a)
 	w.check(t, app, far)
-	raw, err := app.SyscallConn()
-	if err != nil {
-		t.Fatal(err)
-	}
 	want := ""
 	for i := range 5 {
 		text := fmt.Sprintf("before %d ", i)
 		if _, err := io.WriteString(app, text); err != nil {
 			t.Fatal(err)
 		}
-		var oobErr error
-		if err := raw.Write(func(fd uintptr) bool {
-			oobErr = unix.Sendto(int(fd), []byte("!"), unix.MSG_OOB, nil)
-			return true
-		}); err != nil || oobErr != nil {
-			t.Fatal(err, oobErr)
-		}
+		ofSocket(t, app, func(fd int) error { return unix.Sendto(fd, []byte("!"), unix.MSG_OOB, nil) })
 		want += text + "!"
 	}
 	if _, err := io.WriteString(app, "after"); err != nil {

@@ -17,19 +17,6 @@ import (
 	"github.com/mutex-proxy/mutex/e2e/lab"
 )
 
-// ofSocket calls f with the descriptor of a connection.
-func ofSocket(t *testing.T, c *net.TCPConn, f func(fd int) error) {
-	t.Helper()
-	rc, err := c.SyscallConn()
-	if err != nil {
-		t.Fatal(err)
-	}
-	var ferr error
-	if err := errors.Join(rc.Control(func(fd uintptr) { ferr = f(int(fd)) }), ferr); err != nil {
-		t.Fatal(err)
-	}
-}
-
 // markAndMSS are the mark of a connection's socket and the longest segment that it sends.
 func markAndMSS(t *testing.T, c *net.TCPConn) (mark int, mss uint32) {
 	t.Helper()

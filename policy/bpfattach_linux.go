@@ -278,9 +278,9 @@ func (s *bpfState) attachTraces() error {
 // attachHooks swaps the programs of hooks that are attached, by us or by a daemon before us, and attaches the others to the root of all
 // cgroups.
 func (s *bpfState) attachHooks(programs map[string]*ebpf.Program) error {
-	mount, root, err := process.Cgroup2Mount()
-	if err != nil || root != "/" {
-		return errors.Join(fmt.Errorf("%w: the root of cgroup v2 is not mounted here", ErrFeature), err)
+	root, err := rootCgroup()
+	if err != nil {
+		return err
 	}
 	kinds := append(hookKinds(), hookKind{releaseHook, ebpf.CGroupSock, ebpf.AttachCgroupInetSockRelease})
 	for _, k := range kinds {
@@ -307,7 +307,7 @@ func (s *bpfState) attachHooks(programs map[string]*ebpf.Program) error {
 			}
 			closeQuietly(l)
 		}
-		l, err := link.AttachCgroup(link.CgroupOptions{Path: mount, Program: p, Attach: k.attach})
+		l, err := link.AttachCgroup(link.CgroupOptions{Path: root, Program: p, Attach: k.attach})
 		if err != nil {
 			return fmt.Errorf("attach bpf program %s: %w", k.name, err)
 		}

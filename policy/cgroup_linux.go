@@ -35,6 +35,15 @@ func cgroupDir(p string) (string, error) {
 	return filepath.Join(mount, filepath.FromSlash(p)), nil
 }
 
+// rootCgroup is the directory of the root of all cgroups, where programs see every process. ErrFeature where it is not mounted.
+func rootCgroup() (string, error) {
+	mount, root, err := process.Cgroup2Mount()
+	if err != nil || root != "/" {
+		return "", errors.Join(fmt.Errorf("%w: the root of cgroup v2 is not mounted here", ErrFeature), err)
+	}
+	return mount, nil
+}
+
 // cgroupRef reads the id that nftables compares with.
 func cgroupRef(p string) (CgroupRef, error) {
 	dir, err := cgroupDir(p)

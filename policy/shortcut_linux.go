@@ -5,15 +5,12 @@ package policy
 import (
 	"crypto/rand"
 	"encoding/binary"
-	"errors"
 	"fmt"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
-
-	"github.com/mutex-proxy/mutex/policy/process"
 )
 
 // Where the members of struct bpf_sock_ops and of struct bpf_sock are, and their values (include/uapi/linux/bpf.h).
@@ -61,9 +58,9 @@ func NewShortcut(mask uint32) *Shortcut {
 // Attach attaches the program to the root of all cgroups, once. ErrFeature: the kernel has no such programs, or refuses them, or cgroup v2 is not
 // mounted.
 func (s *Shortcut) Attach() error {
-	mount, root, err := process.Cgroup2Mount()
-	if err != nil || root != "/" {
-		return errors.Join(fmt.Errorf("%w: the root of cgroup v2 is not mounted here", ErrFeature), err)
+	root, err := rootCgroup()
+	if err != nil {
+		return err
 	}
 	// What sockets were marked with before, by their cookies. Storage of the socket's own would be freed by a kernel thread, after a grace period.
 	before, err := ebpf.NewMap(&ebpf.MapSpec{
@@ -78,7 +75,7 @@ func (s *Shortcut) Attach() error {
 		return fmt.Errorf("%w: bpf program shortcut: %w", ErrFeature, err)
 	}
 	defer closeQuietly(p)
-	if s.link, err = link.AttachCgroup(link.CgroupOptions{Path: mount, Program: p, Attach: ebpf.AttachCGroupSockOps}); err != nil {
+	if s.link, err = link.AttachCgroup(link.CgroupOptions{Path: root, Program: p, Attach: ebpf.AttachCGroupSockOps}); err != nil {
 		return fmt.Errorf("%w: attach bpf program shortcut: %w", ErrFeature, err)
 	}
 	return nil
@@ -113,23 +110,22 @@ func shortcutProgram(before *ebpf.Map, option []byte, mask uint32) *ebpf.Program
 		asm.JEq.Imm(asm.R1, sockOpsState, "state"),
 		asm.JNE.Imm(asm.R1, sockOpsActive, "out"))
 
-	a.zero(stOption, sizeofShortcut)
-	for i := range int16(2 + shortcutMagic) {
-		value := option[i]
-		if i == 1 {
-			value = 2 + shortcutMagic
-		}
-		a.emit(asm.StoreImm(asm.RFP, stOption+i, int64(value), asm.Byte))
+	words := func(b []byte) []uint64 {
+		return []uint64{binary.NativeEndian.Uint64(b), binary.NativeEndian.Uint64(b[8:])}
 	}
+	var search [sizeofShortcut]byte
+	search[0], search[1] = shortcutKind, 2+shortcutMagic
+	copy(search[2:2+shortcutMagic], option[2:])
+	a.storeBits(stOption, words(search[:]))
 	a.emit(
 		asm.Mov.Reg(asm.R1, asm.R6), asm.Mov.Reg(asm.R2, asm.RFP), asm.Add.Imm(asm.R2, stOption),
 		asm.Mov.Imm(asm.R3, sizeofShortcut), asm.Mov.Imm(asm.R4, 0),
 		asm.FnLoadHdrOpt.Call(),
 		asm.JNE.Imm(asm.R0, sizeofShortcut, "out"))
-	for i := 0; i < sizeofShortcut; i += 8 {
+	for i, w := range words(option) {
 		a.emit(
-			asm.LoadMem(asm.R1, asm.RFP, int16(stOption+i), asm.DWord),
-			asm.LoadImm(asm.R2, int64(binary.NativeEndian.Uint64(option[i:])), asm.DWord),
+			asm.LoadMem(asm.R1, asm.RFP, int16(stOption+8*i), asm.DWord),
+			asm.LoadImm(asm.R2, int64(w), asm.DWord),
 			asm.JNE.Reg(asm.R1, asm.R2, "out"))
 	}
 	cookie()
