@@ -47,7 +47,7 @@ func accelRoutes(s Spec, c ContextSpec, snap Snapshot) []Route {
 	}
 	var out []Route
 	for _, v6 := range families(snap) {
-		r := Route{Table: s.AccelTable(c.Slot), Dst: defaultDst(v6), Type: RouteLocal, Dev: "lo", Protocol: Protocol}
+		r := Route{Table: s.AccelTable(c.Slot), Dst: defaultDst(v6), Type: RouteLocal, Dev: loopback, Protocol: Protocol}
 		if v6 {
 			r.Metric = metric6
 		}
@@ -81,7 +81,7 @@ func (g *guard) accelAnswers(c ContextSpec) []nfRule {
 	}
 	var out []nfRule
 	for _, v6 := range []bool{false, true} {
-		r := rule(stIface{name: c.TUN}, stTTL{v6: v6, ttl: AccelTTL}, stSYNACK{}, g.set(true, AccelMark(g.spec.Mask)))
+		r := rule(stTTL{v6: v6, ttl: AccelTTL}, stSYNACK{}, g.set(true, AccelMark(g.spec.Mask)))
 		if c.Mode != ModeGlobal {
 			r = append(r, g.set(false, ContextMark(g.spec.Mask, c.Slot)))
 		}
@@ -90,8 +90,14 @@ func (g *guard) accelAnswers(c ContextSpec) []nfRule {
 	return out
 }
 
-// accelOutput leads adopted flows to their sockets. It stands before everything else: these packets are not captured a second time, and the
-// daemon's end of them must not give their connection the bypass mark.
+// adopted lets packets go that bear the mark already and are on their way, but for those that open a connection.
+func (g *guard) adopted() nfRule {
+	mark := AccelMark(g.spec.Mask)
+	return rule(g.mark(false, mark), g.mark(true, mark), stIface{out: true, name: loopback}, stSYN{not: true}, accept())
+}
+
+// accelOutput leads adopted flows to their sockets. It stands before everything that captures: these packets are not captured a second time, and
+// the daemon's end of them must not give their connection the bypass mark.
 func (g *guard) accelOutput(out *nfChain) {
 	if !g.accel() {
 		return
@@ -104,10 +110,9 @@ func (g *guard) accelOutput(out *nfChain) {
 	}})
 	g.chain(nfChain{name: "adopted", rules: []nfRule{
 		rule(stSYN{}, goTo("opening")),
-		rule(g.mark(true, mark), g.mark(false, mark), stIface{out: true, name: "lo"}, accept()),
 		// An IPv6 socket keeps its route as long as that route is there, though table A, which was gone when it was looked up, has come back. A packet
 		// that has been changed is routed again; that it cannot go far does no harm on lo.
-		rule(g.mark(false, mark), stIface{out: true, not: true, name: "lo"}, stSetHopLimit(1)),
+		rule(g.mark(false, mark), stIface{out: true, not: true, name: loopback}, stSetHopLimit(1)),
 		rule(g.set(false, mark), g.set(true, mark), accept()),
 	}})
 	out.rules = append(out.rules,
@@ -123,7 +128,7 @@ func (g *guard) accelGuard(post *nfChain) {
 	}
 	mark := AccelMark(g.spec.Mask)
 	post.rules = append(post.rules,
-		rule(g.mark(false, mark), stIface{out: true, name: "lo"}, accept()),
+		rule(g.mark(false, mark), stIface{out: true, name: loopback}, accept()),
 		rule(g.mark(false, mark), stCounter{guardCounter}, drop()))
 }
 

@@ -19,7 +19,7 @@ func (c ContextSpec) validateGateway(sel Selector) error {
 		return errors.New("interface and source select in mode gateway only")
 	}
 	for _, name := range sel.Interfaces {
-		if name == "" || name == "lo" || name == c.TUN {
+		if name == "" || name == loopback || name == c.TUN {
 			return fmt.Errorf("interface %q is none that other hosts arrive on", name)
 		}
 	}

@@ -124,25 +124,34 @@ func setName(name string, c ContextSpec) string { return fmt.Sprintf("%s_%d", na
 func (g *guard) prerouting() {
 	inbound := InboundMark(g.spec.Mask)
 	pre := nfChain{name: "prerouting", typ: "filter", hook: "prerouting", priority: prioMangle, rules: []nfRule{
-		rule(stIface{name: "lo"}, ret()),
+		rule(stIface{name: loopback}, ret()),
 	}}
 	for _, c := range g.contexts {
 		if c.TUN == "" {
 			continue
 		}
-		pre.rules = append(pre.rules, g.accelAnswers(c)...)
+		from := nfChain{name: setName("from", c), rules: g.accelAnswers(c)}
 		if c.Mode != ModeGlobal && c.Mode != ModeGateway {
 			// The reverse path of what comes out of the TUN is looked up with the context's mark: the main table may have no route at all.
 			// What the kernel answers by itself (a reset, say) goes back by the connection's mark.
 			ctx := ContextMark(g.spec.Mask, c.Slot)
-			pre.rules = append(pre.rules, rule(stIface{name: c.TUN}, g.set(false, ctx), g.set(true, ctx)))
+			from.rules = append(from.rules, rule(g.set(false, ctx), g.set(true, ctx)))
 		}
-		pre.rules = append(pre.rules, rule(stIface{name: c.TUN}, ret()))
+		verdict := ret()
+		if len(from.rules) > 0 {
+			g.chain(from)
+			verdict = goTo(from.name)
+		}
+		pre.rules = append(pre.rules, rule(stIface{name: c.TUN}, verdict))
 	}
 	g.forwarded(&pre)
 	if g.global {
 		// Whatever came in by a real device is checked, accepted and forwarded by the main table, not by the capture rules.
 		pre.rules = append(pre.rules, rule(g.set(false, inbound)))
+	}
+	if g.wide {
+		// Nearly all that comes in: the answers to the daemon's own connections, and what goes on coming in by those that are known.
+		pre.rules = append(pre.rules, rule(g.mark(true, BypassMark(g.spec.Mask)), ret()), rule(g.mark(true, inbound), ret()))
 	}
 	pre.rules = append(pre.rules, rule(stToLocal{}, jump("inbound")))
 	g.chain(pre)
@@ -188,10 +197,16 @@ func (g *guard) output() {
 	out := nfChain{name: "output", typ: "route", hook: "output", priority: prioMangle}
 	add := func(stmts ...nfStmt) { out.rules = append(out.rules, stmts) }
 
+	// Both ends of what the daemon carries, nearly all that goes out, before anything else is asked.
+	if g.accel() {
+		add(g.adopted()...)
+	}
+	if g.wide {
+		add(g.mark(false, bypass), g.mark(true, bypass), accept())
+	}
 	g.accelOutput(&out)
 	if g.wide {
 		// The connection's mark covers what has no socket any more: time-wait and resets.
-		add(g.mark(false, bypass), g.mark(true, bypass), accept())
 		add(g.mark(false, bypass), g.daemon(), g.take(bypass))
 		for _, ref := range g.snap.Excluded.Cgroups {
 			add(stCgroup{ref}, g.mark(true, inbound), g.set(false, inbound), accept())
@@ -272,6 +287,9 @@ func (g *guard) postrouting() {
 			rule(g.mark(false, BypassMark(g.spec.Mask)), accept()),
 			rule(g.mark(false, InboundMark(g.spec.Mask)), accept()))
 	}
+	if !g.global {
+		post.rules = append(post.rules, rule(g.mark(false, 0), accept()))
+	}
 	var subs []nfChain
 	for _, c := range g.contexts {
 		name := setName("guard", c)
@@ -297,7 +315,7 @@ func (g *guard) contextGuard(c ContextSpec) []nfChain {
 	if c.TUN != "" {
 		main.rules = append(main.rules, rule(stIface{out: true, name: c.TUN}, accept()))
 	}
-	main.rules = append(main.rules, rule(stIface{out: true, name: "lo"}, goTo(lo.name)))
+	main.rules = append(main.rules, rule(stIface{out: true, name: loopback}, goTo(lo.name)))
 	if !c.DNSOff {
 		for _, proto := range []uint8{protoUDP, protoTCP} {
 			main.rules = append(main.rules, rule(append([]nfStmt{stProto{proto}, stPort{port: 53}}, dropped...)...))
@@ -335,7 +353,6 @@ func (g *guard) redirect() (NFTable, bool) {
 	// A packet that nftables has marked is routed again, but that look-up knows no ports (ip_route_me_harder): the DNS rules do not match, and
 	// a resolver on the LAN would be direct, so dropped. All DNS of contexts with selectors, and without BPF of all marked ones, is
 	// therefore redirected.
-	loopback := stIface{out: true, name: "lo"}
 	if g.global {
 		nat.rules = append(nat.rules,
 			rule(g.mark(false, BypassMark(g.spec.Mask)), ret()),
@@ -352,7 +369,7 @@ func (g *guard) redirect() (NFTable, bool) {
 		}
 		where := slices.Clone(who)
 		if c.Mode == ModeGlobal || g.snap.Features.BPFSockMark && len(c.Select) == 0 || g.snap.Features.BPF && !c.Strict {
-			where = append(where, loopback)
+			where = append(where, stIface{out: true, name: loopback})
 		}
 		for _, v6 := range []bool{false, true} {
 			port := c.DNSPort4

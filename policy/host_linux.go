@@ -226,8 +226,8 @@ func (h *LinuxHost) Features() (Features, error) {
 	owned := probeTable()
 	owned.owner = true
 	f.NFTOwner = h.nft.probe(owned) == nil
-	// "lo" is in every namespace, and nothing of this transaction stays.
-	out := NFTable{Name: "mprox-probe" + egressSuffix, chains: []nfChain{{name: "p", typ: "filter", hook: "egress", device: "lo", rules: []nfRule{rule(stOwned{}, accept())}}}}
+	// lo is in every namespace, and nothing of this transaction stays.
+	out := NFTable{Name: "mprox-probe" + egressSuffix, chains: []nfChain{{name: "p", typ: "filter", hook: "egress", device: loopback, rules: []nfRule{rule(stOwned{}, accept())}}}}
 	f.NFTEgress = h.nft.probe(out) == nil
 	f.BPFSockMark = f.Cgroup2 && probeSockMark(h.id.Cookie) == nil
 	return f, nil

@@ -8,6 +8,12 @@ import (
 	"strings"
 )
 
+// The loopback device has the same name and index in every network namespace; the index cannot change (LOOPBACK_IFINDEX of the kernel).
+const (
+	loopback      = "lo"
+	loopbackIndex = 1
+)
+
 // NFTable is one nftables table, of the inet family unless its name says otherwise, as data: the plan prints it, the Host sends it to the kernel.
 type NFTable struct {
 	Name string
@@ -111,7 +117,8 @@ type (
 		v6  bool
 		set string
 	}
-	stSYN   struct{} // SYN and neither ACK, RST nor FIN
+	// stSYN matches TCP packets with SYN and neither ACK, RST nor FIN; not: all other TCP packets.
+	stSYN   struct{ not bool }
 	stCtNew struct{}
 	// stCtDNS matches packets in the opening direction of a connection that was opened to port 53, whatever NAT has made of it since.
 	stCtDNS    struct{}
@@ -152,9 +159,12 @@ func (s stSetMark) String() string {
 }
 
 func (s stIface) String() string {
-	dir := "iifname"
+	dir := "iif"
 	if s.out {
-		dir = "oifname"
+		dir = "oif"
+	}
+	if s.name != loopback {
+		dir += "name"
 	}
 	if s.not {
 		dir += " !="
@@ -208,7 +218,9 @@ func (s stTupleIn) String() string {
 	return fmt.Sprintf("%s saddr . tcp sport . %s daddr . tcp dport @%s", f, f, s.set)
 }
 
-func (stSYN) String() string     { return "tcp flags & (fin | syn | rst | ack) == syn" }
+func (s stSYN) String() string {
+	return fmt.Sprintf("tcp flags & (fin | syn | rst | ack) %s syn", op(s.not))
+}
 func (stCtNew) String() string   { return "ct state new" }
 func (stCtDNS) String() string   { return "ct direction original ct original proto-dst 53" }
 func (stCtReply) String() string { return "ct direction reply" }

@@ -48,11 +48,7 @@ func stmtExprs(s nfStmt) ([]expr.Any, error) {
 		}
 		return append(out, &expr.Meta{Key: expr.MetaKeyMARK, Register: reg1, SourceRegister: true}), nil
 	case stIface:
-		key := expr.MetaKeyIIFNAME
-		if s.out {
-			key = expr.MetaKeyOIFNAME
-		}
-		return []expr.Any{&expr.Meta{Key: key, Register: reg1}, cmpReg(s.not, ifName(s.name))}, nil
+		return ifaceExprs(s), nil
 	case stKind:
 		const iifKind = 26 // NFT_META_IIFKIND, kernel 5.0; not in x/sys/unix
 		return []expr.Any{&expr.Meta{Key: iifKind, Register: reg1}, cmpReg(false, ifName(s.kind))}, nil
@@ -76,7 +72,7 @@ func stmtExprs(s nfStmt) ([]expr.Any, error) {
 		return tupleIn(s), nil
 	case stSYN:
 		flags := &expr.Payload{DestRegister: reg1, Base: expr.PayloadBaseTransportHeader, Offset: 13, Len: 1}
-		return append(l4(protoTCP), flags, masked([]byte{0x17}, []byte{0}), cmpReg(false, []byte{0x02})), nil
+		return append(l4(protoTCP), flags, masked([]byte{0x17}, []byte{0}), cmpReg(s.not, []byte{0x02})), nil
 	case stCgroup:
 		return []expr.Any{
 			&expr.Socket{Key: expr.SocketKeyCgroupv2, Level: uint32(s.ref.Level), Register: reg1},
@@ -168,6 +164,19 @@ func stmtExprs2(s nfStmt) ([]expr.Any, error) {
 		}
 	}
 	return nil, fmt.Errorf("nft statement %q has no translation", s)
+}
+
+// ifaceExprs compares the index of lo, which is the same everywhere, at a third of the cost of its name: most packets are asked for it.
+func ifaceExprs(s stIface) []expr.Any {
+	switch {
+	case s.name == loopback && s.out:
+		return []expr.Any{&expr.Meta{Key: expr.MetaKeyOIF, Register: reg1}, cmpReg(s.not, native32(loopbackIndex))}
+	case s.name == loopback:
+		return []expr.Any{&expr.Meta{Key: expr.MetaKeyIIF, Register: reg1}, cmpReg(s.not, native32(loopbackIndex))}
+	case s.out:
+		return []expr.Any{&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: reg1}, cmpReg(s.not, ifName(s.name))}
+	}
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg1}, cmpReg(s.not, ifName(s.name))}
 }
 
 // ifName is a device's name, or kind, as the kernel compares it. What is too long for one is cut off: no device is called so.

@@ -123,7 +123,7 @@ func ipNet(p netip.Prefix) *net.IPNet {
 }
 
 func ruleFrom(r vnl.Rule, v6 bool) Rule {
-	out := Rule{V6: v6, Priority: r.Priority, Mark: r.Mark, Local: r.IifName == "lo", IPProto: uint8(r.IPProto), Table: r.Table, Protocol: r.Protocol}
+	out := Rule{V6: v6, Priority: r.Priority, Mark: r.Mark, Local: r.IifName == loopback, IPProto: uint8(r.IPProto), Table: r.Table, Protocol: r.Protocol}
 	if r.Mask != nil {
 		out.Mask = *r.Mask
 	}
@@ -151,7 +151,7 @@ func ruleFrom(r vnl.Rule, v6 bool) Rule {
 	add(r.Invert, "not")
 	add(r.Src != nil, "from %s", r.Src)
 	add(r.Dst != nil, "to %s", r.Dst)
-	add(r.IifName != "" && r.IifName != "lo", "iif %s", r.IifName)
+	add(r.IifName != "" && r.IifName != loopback, "iif %s", r.IifName)
 	add(r.OifName != "", "oif %s", r.OifName)
 	add(r.UIDRange != nil, "uidrange")
 	add(r.Tos != 0, "tos %#x", r.Tos)
@@ -172,7 +172,7 @@ func (r Rule) netlink() *vnl.Rule {
 		out.Mark, out.Mask = r.Mark, &r.Mask
 	}
 	if r.Local {
-		out.IifName = "lo"
+		out.IifName = loopback
 	}
 	if r.Sport != 0 {
 		out.Sport = vnl.NewRulePortRange(r.Sport, r.Sport)
