@@ -87,7 +87,7 @@ type batchConn struct {
 
 		readable func(fd uintptr) bool // of the reading side, see WaitRead
 		asked    bool
-		pause    pause
+		pause    flow.Pause
 	}
 	segments segmenter // guarded by wr.mu
 }

@@ -138,13 +138,13 @@ func (p *pair) endAllLocked(err error) {
 }
 
 // pump notes what an event says and moves what can be moved. It reports whether there is more to move than fits into a turn.
-func (p *pair) pump(ps *pipes, side int, events uint32) (more bool) {
+func (p *pair) pump(w *worker, side int, events uint32) (more bool) {
 	var done [2]outcome
 	p.mu.Lock()
 	p.note(side, events)
 	for i := range p.dir {
 		var left bool
-		done[i], left = p.move(ps, i)
+		done[i], left = p.move(w, i)
 		more = more || left
 	}
 	if events&(unix.EPOLLERR|unix.EPOLLHUP) != 0 {
@@ -199,7 +199,7 @@ func (p *pair) broken(side int, done *[2]outcome) {
 }
 
 // move moves what one direction can move.
-func (p *pair) move(ps *pipes, side int) (o outcome, more bool) {
+func (p *pair) move(w *worker, side int) (o outcome, more bool) {
 	d := &p.dir[side]
 	src, dst := p.fd[side], p.fd[1-side]
 	if d.over || src < 0 || dst < 0 {
@@ -210,7 +210,7 @@ func (p *pair) move(ps *pipes, side int) (o outcome, more bool) {
 		case moved >= turnMax:
 			return outcome{}, true
 		case d.held > 0 && !d.writable, d.held == 0 && !d.readable:
-			p.release(ps, d)
+			p.release(&w.pipes, d)
 			return outcome{}, false
 		case d.held > 0:
 			n, err := p.drain(d, dst)
@@ -219,10 +219,11 @@ func (p *pair) move(ps *pipes, side int) (o outcome, more bool) {
 				return outcome{true, err}, false
 			}
 			moved += n
+			w.piece = max(w.piece, n)
 		default:
-			end, err := p.fill(ps, d, src, dst)
+			end, err := p.fill(&w.pipes, d, src, dst)
 			if end || err != nil {
-				p.release(ps, d)
+				p.release(&w.pipes, d)
 				p.finish(d)
 				return outcome{true, err}, false
 			}

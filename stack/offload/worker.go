@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/mutex-proxy/mutex/flow"
 )
 
 // worker waits for the sockets of its pairs, by an epoll of its own, and moves their bytes. That epoll itself is what the runtime's poller
@@ -21,6 +23,8 @@ type worker struct {
 	stopped atomic.Bool
 	pipes   pipes
 	ready   []*pair // pairs that have more to do than one turn allows; the worker's own
+	piece   int     // bytes of the largest piece since it last waited; the worker's own
+	pause   flow.Pause
 
 	mu    sync.Mutex
 	slots []slot
@@ -35,6 +39,8 @@ type slot struct {
 
 const (
 	maxEvents = 256
+	// muchAtOnce is the bytes of a piece from which on more is expected, and waited for: what answers a request is not to wait.
+	muchAtOnce = 32 << 10
 	// events are edges: a socket is looked at until it has nothing more. PRI is for urgent data, before which splice stops.
 	events = unix.EPOLLIN | unix.EPOLLOUT | unix.EPOLLRDHUP | unix.EPOLLPRI | unix.EPOLLET
 )
@@ -115,16 +121,22 @@ func (w *worker) run() {
 		return // cannot be: the file is open
 	}
 	var got [maxEvents]unix.EpollEvent
-	for !w.stopped.Load() {
-		n := 0
-		poll := func(fd uintptr) bool {
-			var err error
-			n, err = unix.EpollWait(int(fd), got[:], 0)
-			return n > 0 || err != nil && !errors.Is(err, unix.EINTR) || w.stopped.Load() || len(w.ready) > 0
+	n, woken := 0, false
+	poll := func(fd uintptr) bool {
+		if woken && w.piece >= muchAtOnce {
+			w.pause.Take()
 		}
+		woken = true
+		var err error
+		n, err = unix.EpollWait(int(fd), got[:], 0)
+		return n > 0 || err != nil && !errors.Is(err, unix.EINTR) || w.stopped.Load() || len(w.ready) > 0
+	}
+	for !w.stopped.Load() {
+		woken = false
 		if err := raw.Read(poll); err != nil {
 			return
 		}
+		w.piece = 0
 		for i := range max(n, 0) {
 			if p, side := w.find(&got[i]); p != nil {
 				w.turn(p, side, got[i].Events)
@@ -141,7 +153,7 @@ func (w *worker) run() {
 
 // turn lets p move what it can, within a budget.
 func (w *worker) turn(p *pair, side int, events uint32) {
-	if p.pump(&w.pipes, side, events) && !p.queued {
+	if p.pump(w, side, events) && !p.queued {
 		p.queued = true
 		w.ready = append(w.ready, p)
 	}
