@@ -87,7 +87,7 @@ type batchConn struct {
 
 		readable func(fd uintptr) bool // of the reading side, see WaitRead
 		asked    bool
-		pause    flow.Pause
+		pause    pause
 	}
 	segments segmenter // guarded by wr.mu
 }

@@ -3,6 +3,7 @@
 package dialers
 
 import (
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -56,7 +57,7 @@ func (c *batchConn) WaitRead() error {
 func (c *batchConn) readable(fd uintptr) bool {
 	if c.rd.asked {
 		if c.rd.n > 1 { // of the last batch: a single datagram is not to wait
-			c.rd.pause.Take()
+			c.rd.pause.take()
 		}
 		return true
 	}
@@ -68,6 +69,39 @@ func (c *batchConn) readable(fd uintptr) bool {
 		if errno != unix.EINTR {
 			return n != 0 // with any other error, reading says what is wrong
 		}
+	}
+}
+
+// pause lets whoever is sending to a reader that was just woken up go on before it reads: the reader then finds a batch instead of a datagram or two,
+// and is woken up for one of three. It costs a fifth less CPU a datagram where sender and reader share processors, and nothing where they do not.
+//
+// Others may be waiting for the processor too, and for longer: after a pause of more than pauseLong there is none for pauseRest, which bounds what
+// they take from the reader to less than a hundredth.
+type pause struct {
+	rest time.Time // none before
+}
+
+const (
+	pauseLong = 1500 * time.Microsecond // a slice of the scheduler is 3 ms, what a sender does at a time some 100 µs
+	pauseRest = 500 * time.Millisecond
+)
+
+func (p *pause) take() {
+	begin := time.Now()
+	if p.resting(begin) {
+		return
+	}
+	_, _, _ = unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
+	end := time.Now()
+	p.after(end, end.Sub(begin))
+}
+
+func (p *pause) resting(now time.Time) bool { return now.Before(p.rest) }
+
+// after is told how long a pause has been.
+func (p *pause) after(now time.Time, d time.Duration) {
+	if d > pauseLong {
+		p.rest = now.Add(pauseRest)
 	}
 }
 
