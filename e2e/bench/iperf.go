@@ -47,9 +47,13 @@ type iperf struct {
 	} `json:"end"`
 }
 
-// bulk moves as much as the subject can, up or down, over a number of connections. The server may be busy with the end of the last test.
+// bulk moves as much as the subject can, up or down, over a number of connections. The server may be busy with the end of the last test, and
+// does not listen for a moment after it.
 func (l *lab) bulk(ctx context.Context, s *subject, spec loadSpec) (r loadResult, err error) {
 	uerr := until(startTimeout, "iperf3's server is free", func() bool {
+		if err = l.listening(originV4, portIperf); err != nil {
+			return true
+		}
 		r, err = l.bulkOnce(ctx, s, spec)
 		return !errors.Is(err, errBusy)
 	})
