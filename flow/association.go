@@ -215,10 +215,10 @@ func (s *session) listen(ctx context.Context, a *assoc, p *peer) {
 	defer close(a.ready)
 	begin := s.h.cfg.Now()
 	var conn PacketConn
-	err := s.h.takeTurn(ctx)
+	err := s.h.assocs.take(ctx)
 	if err == nil {
 		conn, err = makeRoom(ctx, s.h.table, func() (PacketConn, error) { return a.key.via.ListenPacket(ctx, p.f) })
-		<-s.h.dials
+		s.h.assocs.give()
 	}
 	now := s.h.cfg.Now()
 	s.mu.Lock()

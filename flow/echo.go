@@ -201,10 +201,10 @@ func (h *Handler) knock(ctx context.Context, via Dialer, dst Addr) error {
 func (h *Handler) knockOnce(ctx context.Context, via Dialer, dst Addr, limit time.Duration) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, limit, ErrTimeout)
 	defer cancel()
-	if err := h.takeTurn(ctx); err != nil {
+	if err := h.dials.take(ctx); err != nil {
 		return err
 	}
-	defer func() { <-h.dials }()
+	defer h.dials.give()
 	c, err := via.Dial(ctx, dst)
 	if err == nil {
 		c.Close()

@@ -18,9 +18,13 @@ import (
 // takes, long enough for a lossy satellite link to get three SYNs through.
 const DefaultDialTimeout = 10 * time.Second
 
-// maxDials bounds the connections and associations being opened at a time, for all flows of a context: a flood towards something that
-// does not answer holds so many sockets, and the rest waits (within its own dial time-out).
-const maxDials = 4096
+// How many connections and associations are being opened at a time, for all flows of a context: a flood towards something that does not answer
+// holds so many sockets, and the rest waits (within its own dial time-out). Datagrams from ever new ports cost their sender next to nothing, the
+// proxy a connection each: connections have their turns to themselves, and find few of those before them in the proxy's queue.
+const (
+	maxDials  = 4096
+	maxAssocs = 512
+)
 
 // ICMPMode says how echo requests are answered.
 type ICMPMode uint8
@@ -59,7 +63,8 @@ type Handler struct {
 	names   Names
 	rules   atomic.Pointer[ruleSet]
 	tuning  atomic.Pointer[Tuning]
-	dials   chan struct{} // held while an upstream is being asked
+	dials   turns         // connections, while an upstream is being asked
+	assocs  turns         // associations, likewise
 	queries chan struct{} // held while a DNS query is being answered
 	held    atomic.Int64  // bytes of datagrams that wait for an association or a name
 	buffers *bufferPool
@@ -89,7 +94,8 @@ func NewHandler(cfg HandlerConfig) *Handler {
 	}
 	h := &Handler{
 		cfg: cfg, table: cfg.Table, names: cfg.Names,
-		dials:   make(chan struct{}, maxDials),
+		dials:   make(turns, maxDials),
+		assocs:  make(turns, maxAssocs),
 		queries: make(chan struct{}, maxQueries),
 		buffers: newBufferPool(),
 		echo:    newEchoCache(),
@@ -241,10 +247,10 @@ func (h *Handler) accept(e *entry, o Offload, p Pending, up Conn, watched bool) 
 func (h *Handler) dial(ctx context.Context, via Dialer, f *Flow) (Conn, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, h.dialTimeout(), ErrTimeout)
 	defer cancel()
-	if err := h.takeTurn(ctx); err != nil {
+	if err := h.dials.take(ctx); err != nil {
 		return nil, err
 	}
-	defer func() { <-h.dials }()
+	defer h.dials.give()
 	return makeRoom(ctx, h.table, func() (Conn, error) {
 		if d, ok := via.(SourceDialer); ok {
 			return d.DialFlow(ctx, f)
@@ -278,15 +284,21 @@ func makeRoom[T any](ctx context.Context, t *Table, open func() (T, error)) (T, 
 	}
 }
 
-// takeTurn waits until fewer than maxDials upstreams are being asked.
-func (h *Handler) takeTurn(ctx context.Context) error {
+// turns bounds what is done at a time by its capacity.
+type turns chan struct{}
+
+// take waits for a turn.
+func (t turns) take(ctx context.Context) error {
 	select {
-	case h.dials <- struct{}{}:
+	case t <- struct{}{}:
 		return nil
 	case <-ctx.Done():
 		return fmt.Errorf("waiting to dial: %w", context.Cause(ctx))
 	}
 }
+
+// give ends a turn that take has given.
+func (t turns) give() { <-t }
 
 // blame counts an upstream's failure, unless it was us who gave up.
 func (h *Handler) blame(ctx context.Context, via Dialer, err error) {

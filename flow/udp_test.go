@@ -220,6 +220,31 @@ func TestUDPAssociationTimesOut(t *testing.T) {
 	})
 }
 
+// Associations beyond the bound wait for their turn within the time-out, and connections do not wait for them.
+func TestUDPAssociationsAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		u := startUDP(t, nil).run()
+		for range maxAssocs {
+			u.rig.assocs <- struct{}{}
+		}
+		u.send("192.0.2.1:7", "a")
+		u.via.dial = failing(ErrRefused).dial
+		p := &pending{}
+		u.TCP(t.Context(), appAddr, webAddr, p)
+		if p.reason != ReasonRefused {
+			t.Errorf("a connection beside them: %v", p.reason)
+		}
+		if n := u.made(); n != 0 {
+			t.Errorf("%d associations beyond the bound", n)
+		}
+		<-u.rig.assocs
+		synctest.Wait()
+		if n := u.made(); n != 1 {
+			t.Errorf("%d associations after a turn was given back", n)
+		}
+	})
+}
+
 // The server closed the association: the next datagram makes another.
 func TestUDPAssociationLost(t *testing.T) {
 	for name, lose := range map[string]func(*fakeAssoc){
