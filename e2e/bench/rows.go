@@ -323,8 +323,12 @@ func memory(ctx context.Context, l *lab, s *subject, rep *report) (err error) {
 	select {
 	case <-out.line:
 	case <-ctx.Done():
+		err = ctx.Err()
 	case <-time.After(2 * time.Minute):
 		err = errors.New("the connections did not open")
+	}
+	if err != nil {
+		_ = cmd.Process.Kill() // it waits for its connections before it looks whether it is to end
 	}
 	settle(ctx, 2*time.Second)
 	open := s.rss()
