@@ -215,7 +215,7 @@ func (s *session) listen(ctx context.Context, a *assoc, p *peer) {
 	defer close(a.ready)
 	begin := s.h.cfg.Now()
 	var conn PacketConn
-	err := s.h.assocs.take(ctx)
+	err := takeTurn(ctx, s.h.assocs)
 	if err == nil {
 		conn, err = makeRoom(ctx, s.h.table, func() (PacketConn, error) { return a.key.via.ListenPacket(ctx, p.f) })
 		s.h.assocs.give()

@@ -201,7 +201,7 @@ func (h *Handler) knock(ctx context.Context, via Dialer, dst Addr) error {
 func (h *Handler) knockOnce(ctx context.Context, via Dialer, dst Addr, limit time.Duration) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, limit, ErrTimeout)
 	defer cancel()
-	if err := h.dials.take(ctx); err != nil {
+	if err := takeTurn(ctx, h.dials); err != nil {
 		return err
 	}
 	defer h.dials.give()

@@ -67,7 +67,7 @@ type ftp struct {
 	up    Bound
 	ctx   context.Context // the control connection's life: what is waited for ends with it
 	stop  context.CancelFunc
-	slots chan struct{}
+	slots turns
 
 	mu      sync.Mutex
 	spoke   bool // the server has sent something
@@ -86,7 +86,7 @@ func (h *Handler) watchFTP(ctx context.Context, f *Flow, d Decision, app, up Con
 	if d.FTP == FTPActive && (!ok || !ok2) {
 		d.FTP = FTPRefuse
 	}
-	c := &ftp{h: h, f: f, d: d, app: caller, up: bound, slots: make(chan struct{}, ftpData)}
+	c := &ftp{h: h, f: f, d: d, app: caller, up: bound, slots: make(turns, ftpData)}
 	c.ctx, c.stop = context.WithCancel(ctx)
 	return &ftpClient{Conn: app, c: c}, &ftpServer{Conn: up, c: c}, c.stop
 }
@@ -283,20 +283,18 @@ func (c *ftp) serve(to netip.AddrPort) (netip.AddrPort, error) {
 	case to.Addr() != c.f.Src.Addr().Unmap() || to.Port() < ftpUnprivileged:
 		return none, fmt.Errorf("%s is not the client", to) // RFC 2577 section 3: nobody is sent to third parties
 	}
-	select {
-	case c.slots <- struct{}{}:
-	default:
+	if !c.slots.tryTake() {
 		return none, errors.New("too many data connections")
 	}
 	ctx, cancel := context.WithTimeout(c.ctx, ftpBind)
 	defer cancel()
 	b, err := c.up.Bind(ctx)
 	if err != nil {
-		<-c.slots
+		c.slots.give()
 		return none, err
 	}
 	if err := c.expect(b, to); err != nil {
-		<-c.slots
+		c.slots.give()
 		_ = b.Close()
 		return none, err
 	}
@@ -318,7 +316,7 @@ func (c *ftp) expect(b Binding, to netip.AddrPort) error {
 	go func() { // owned by the Handler, see enter
 		defer leave()
 		defer cancel(nil)
-		defer func() { <-c.slots }()
+		defer c.slots.give()
 		defer opened()
 		up, from, err := b.Accept(waiting)
 		unlink()

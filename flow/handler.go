@@ -63,10 +63,10 @@ type Handler struct {
 	names   Names
 	rules   atomic.Pointer[ruleSet]
 	tuning  atomic.Pointer[Tuning]
-	dials   turns         // connections, while an upstream is being asked
-	assocs  turns         // associations, likewise
-	queries chan struct{} // held while a DNS query is being answered
-	held    atomic.Int64  // bytes of datagrams that wait for an association or a name
+	dials   turns        // connections, while an upstream is being asked
+	assocs  turns        // associations, likewise
+	queries turns        // while a DNS query is being answered
+	held    atomic.Int64 // bytes of datagrams that wait for an association or a name
 	buffers *bufferPool
 	crew    crew // uploads
 	echo    echoCache
@@ -96,7 +96,7 @@ func NewHandler(cfg HandlerConfig) *Handler {
 		cfg: cfg, table: cfg.Table, names: cfg.Names,
 		dials:   make(turns, maxDials),
 		assocs:  make(turns, maxAssocs),
-		queries: make(chan struct{}, maxQueries),
+		queries: make(turns, maxQueries),
 		buffers: newBufferPool(),
 		echo:    newEchoCache(),
 		lives:   make(map[uint64]context.CancelCauseFunc),
@@ -247,7 +247,7 @@ func (h *Handler) accept(e *entry, o Offload, p Pending, up Conn, watched bool) 
 func (h *Handler) dial(ctx context.Context, via Dialer, f *Flow) (Conn, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, h.dialTimeout(), ErrTimeout)
 	defer cancel()
-	if err := h.dials.take(ctx); err != nil {
+	if err := takeTurn(ctx, h.dials); err != nil {
 		return nil, err
 	}
 	defer h.dials.give()
@@ -284,21 +284,13 @@ func makeRoom[T any](ctx context.Context, t *Table, open func() (T, error)) (T, 
 	}
 }
 
-// turns bounds what is done at a time by its capacity.
-type turns chan struct{}
-
-// take waits for a turn.
-func (t turns) take(ctx context.Context) error {
-	select {
-	case t <- struct{}{}:
-		return nil
-	case <-ctx.Done():
-		return fmt.Errorf("waiting to dial: %w", context.Cause(ctx))
+// takeTurn waits until an upstream may be asked.
+func takeTurn(ctx context.Context, t turns) error {
+	if err := t.take(ctx); err != nil {
+		return fmt.Errorf("waiting to dial: %w", err)
 	}
+	return nil
 }
-
-// give ends a turn that take has given.
-func (t turns) give() { <-t }
 
 // blame counts an upstream's failure, unless it was us who gave up.
 func (h *Handler) blame(ctx context.Context, via Dialer, err error) {

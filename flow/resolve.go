@@ -67,7 +67,7 @@ type dnsStream struct {
 func (s *dnsStream) serve(ctx context.Context, head []byte) error {
 	var answers sync.WaitGroup
 	defer answers.Wait()
-	turns := make(chan struct{}, maxPipelined)
+	pipelined := make(turns, maxPipelined)
 	var r io.Reader = s.conn
 	if len(head) > 0 {
 		r = io.MultiReader(bytes.NewReader(head), s.conn)
@@ -83,16 +83,16 @@ func (s *dnsStream) serve(ctx context.Context, head []byte) error {
 			return errors.Join(s.failure(), err)
 		}
 		s.e.up.Add(uint64(len(query)) + 2)
-		if !take(ctx, turns) {
-			return context.Cause(ctx)
+		if err := pipelined.take(ctx); err != nil {
+			return err
 		}
-		if !take(ctx, s.h.queries) {
-			return context.Cause(ctx)
+		if err := s.h.queries.take(ctx); err != nil {
+			return err
 		}
 		answers.Go(func() {
 			s.answer(ctx, query)
-			<-s.h.queries
-			<-turns
+			s.h.queries.give()
+			pipelined.give()
 		})
 	}
 }
@@ -153,14 +153,4 @@ func frame(msg []byte) []byte {
 	out := make([]byte, 2, 2+len(msg))
 	binary.BigEndian.PutUint16(out, uint16(len(msg)))
 	return append(out, msg...)
-}
-
-// take takes a turn, and reports false when ctx is done first.
-func take(ctx context.Context, turns chan struct{}) bool {
-	select {
-	case turns <- struct{}{}:
-		return true
-	case <-ctx.Done():
-		return false
-	}
 }

@@ -45,7 +45,7 @@ type session struct {
 	in  PacketSource
 
 	wg      sync.WaitGroup // preparing, replies, queries
-	queries chan struct{}
+	queries turns
 	routed  [maxBatch]*peer // of the batch being dispatched
 	idlest  idlest[*peer]
 
@@ -117,7 +117,7 @@ func (h *Handler) UDP(ctx context.Context, src netip.AddrPort, in PacketSource, 
 func newSession(h *Handler, src netip.AddrPort, in PacketSource, out PacketSink) *session {
 	return &session{
 		h: h, src: src, in: in, out: out,
-		queries: make(chan struct{}, maxPipelined),
+		queries: make(turns, maxPipelined),
 		peers:   make(map[netip.AddrPort]*peer),
 		assocs:  make(map[assocKey]*assoc),
 	}
@@ -389,22 +389,18 @@ func reasonOfDatagram(err error) Reason {
 
 // resolve answers a DNS query.
 func (s *session) resolve(ctx context.Context, p *peer, query []byte) {
-	select {
-	case s.queries <- struct{}{}:
-	default:
+	if !s.queries.tryTake() {
 		s.h.table.drop(dropDNSBusy, 1)
 		return
 	}
-	select {
-	case s.h.queries <- struct{}{}:
-	default:
-		<-s.queries
+	if !s.h.queries.tryTake() {
+		s.queries.give()
 		s.h.table.drop(dropDNSBusy, 1)
 		return
 	}
 	query = bytes.Clone(query)
 	s.wg.Go(func() {
-		defer func() { <-s.h.queries; <-s.queries }()
+		defer func() { s.h.queries.give(); s.queries.give() }()
 		ctx, cancel := context.WithTimeout(ctx, queryTimeout)
 		defer cancel()
 		reply, err := s.h.names.Exchange(ctx, p.f, query)
