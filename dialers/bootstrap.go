@@ -235,7 +235,7 @@ func (n *Net) exchange(ctx context.Context, m *dns.Msg, server netip.AddrPort) (
 	if err != nil || !reply.Truncated {
 		return reply, err
 	}
-	tcp, err := n.dialTCP(ctx, server)
+	tcp, err := n.dialServer(ctx, server)
 	if err != nil {
 		return nil, err
 	}

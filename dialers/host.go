@@ -117,7 +117,7 @@ func (h *serverHost) dial(ctx context.Context, n *Net, port uint16) (*TCPConn, e
 func (h *serverHost) dialAny(ctx context.Context, n *Net, ips []netip.Addr, port uint16) (*TCPConn, error) {
 	ips = ips[:min(len(ips), maxTried)]
 	c, errs := race(ctx, len(ips), attemptDelay, func(ctx context.Context, i int) (*TCPConn, error) {
-		c, err := n.dialTCP(ctx, netip.AddrPortFrom(ips[i], port))
+		c, err := n.dialServer(ctx, netip.AddrPortFrom(ips[i], port))
 		if err == nil && i > 0 {
 			h.prefer(ips[i])
 		}

@@ -164,6 +164,7 @@ func (a *h1Asker) ask(l *login) (*response, []string, error) {
 		}
 		return nil, nil, fmt.Errorf("request: %w: %w", flow.ErrUpstream, err)
 	}
+	lastQuestion(a.c)
 	raw, err := readHead(a.head)
 	if err != nil {
 		switch {

@@ -92,9 +92,16 @@ func (n *Net) DialTCP(ctx context.Context, to netip.AddrPort) (flow.Conn, error)
 }
 
 func (n *Net) dialTCP(ctx context.Context, to netip.AddrPort) (*TCPConn, error) {
+	return n.dial(ctx, to, n.controlDial)
+}
+
+// control is a net.Dialer's Control.
+type control = func(network, address string, rc syscall.RawConn) error
+
+func (n *Net) dial(ctx context.Context, to netip.AddrPort, control control) (*TCPConn, error) {
 	var c *net.TCPConn
 	err := n.cfg.Inside(func() (err error) {
-		c, err = n.connect(ctx, to)
+		c, err = n.connect(ctx, to, control)
 		return err
 	})
 	if err != nil {

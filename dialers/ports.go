@@ -106,9 +106,9 @@ func wildcard(ip netip.Addr) netip.Addr {
 // connect connects from a port that is free, or from one whose last connection to the same place has ended: where both have used timestamps,
 // the kernel lets a port that is named be used again at once (tcp_twsk_unique; RFC 6191), and one that it looks for itself only if
 // net.ipv4.tcp_tw_reuse is set. Without that, 28,000 connections a minute to one server were the limit.
-func (n *Net) connect(ctx context.Context, to netip.AddrPort) (*net.TCPConn, error) {
+func (n *Net) connect(ctx context.Context, to netip.AddrPort, control control) (*net.TCPConn, error) {
 	n.ports.once.Do(n.ports.read)
-	d := net.Dialer{Control: n.controlDial, KeepAliveConfig: n.keepAlive(), KeepAlive: n.cfg.KeepAlive}
+	d := net.Dialer{Control: control, KeepAliveConfig: n.keepAlive(), KeepAlive: n.cfg.KeepAlive}
 	c, err := d.DialTCP(ctx, "tcp", netip.AddrPort{}, to) // not DialContext, which would parse and resolve
 	if !errors.Is(err, unix.EADDRNOTAVAIL) {
 		return c, err

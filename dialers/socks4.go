@@ -120,6 +120,7 @@ func ask4(c io.ReadWriter, req []byte) (flow.Addr, error) {
 	if _, err := c.Write(req); err != nil {
 		return flow.Addr{}, fmt.Errorf("request: %w: %w", flow.ErrUpstream, err)
 	}
+	lastQuestion(c)
 	return readReply4(c)
 }
 

@@ -252,6 +252,9 @@ func (s *SOCKS5) greet(c io.ReadWriter, ahead []byte) error {
 	if err != nil {
 		return s.ungreeted(err)
 	}
+	if ahead != nil {
+		lastQuestion(c)
+	}
 	return s.authenticate(c, ahead != nil)
 }
 
