@@ -64,6 +64,9 @@ func (c *Conn) confirmed() (bool, error) {
 
 // Answered says whether the application's kernel has been heard of, if only by a reset.
 func (c *Conn) Answered() bool {
+	if c.confirm == nil {
+		return true
+	}
 	ok, err := c.confirmed()
 	return ok || err != nil
 }
