@@ -12,34 +12,44 @@ import (
 )
 
 // A packet that only acknowledges costs both ends nearly as much as one that carries data. To a proxy we always speak first, and at once: our
-// first message acknowledges its SYN-ACK, and the server is woken up once, with something to read.
+// first message can acknowledge its SYN-ACK, and the server is woken up once, with something to read. With few connections at a time it is
+// better woken up as early as can be, so that it gets ready while the message is on its way.
 
-// dialServer is dialTCP for a server to which we speak first. To one that speaks first, 200 ms would pass until it knew of the connection.
+// manyDials is from how many connections on, being opened at the same time, work counts for more than the time that one takes.
+const manyDials = 128
+
+// dialServer is dialTCP for a server to which we speak first. To one that speaks first, 200 ms could pass until it knew of the connection.
 func (n *Net) dialServer(ctx context.Context, to netip.AddrPort) (*TCPConn, error) {
-	return n.dial(ctx, to, func(network, address string, rc syscall.RawConn) error {
+	defer n.dialing.Add(-1)
+	if n.dialing.Add(1) < manyDials {
+		return n.dialTCP(ctx, to)
+	}
+	c, err := n.dial(ctx, to, func(network, address string, rc syscall.RawConn) error {
 		if err := n.controlDial(network, address, rc); err != nil {
 			return err
 		}
-		return rc.Control(ackWithData)
+		return rc.Control(func(fd uintptr) { quickACK(fd, 0) })
 	})
+	if err == nil {
+		c.lazy = true
+	}
+	return c, err
 }
 
-// ackWithData has what comes acknowledged with our next data, or after 40 to 200 ms (TCP_QUICKACK in tcp(7)): before connect(2) the SYN-ACK, and
-// as long as data is answered with data. It saves work only, so errors do not matter.
-func ackWithData(fd uintptr) { quickACK(fd, 0) }
-
-// lastQuestion ends that: after the answer to what was just written, the destination may be the next to speak, and a server without TCP_NODELAY
-// holds that back until its answer is acknowledged.
+// lastQuestion has the answer to what was just written acknowledged at once: the destination may be the next to speak, and a server without
+// TCP_NODELAY holds that back until then.
 func lastQuestion(c io.Writer) {
 	tcp, ok := c.(*TCPConn)
-	if !ok {
-		return // inside TLS, where the server has been answered before
+	if !ok || !tcp.lazy {
+		return // inside TLS, the server has been answered before
 	}
 	if raw, err := tcp.SyscallConn(); err == nil {
 		_ = raw.Control(func(fd uintptr) { quickACK(fd, 1) })
 	}
 }
 
+// quickACK says whether what comes is acknowledged at once, or with the next data that is sent, or after 40 to 200 ms (TCP_QUICKACK in tcp(7)). Off, it
+// holds for the SYN-ACK if it is set before connect(2), and as long as data is answered with data. It saves work only, so errors do not matter.
 func quickACK(fd uintptr, on int) {
 	_ = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_QUICKACK, on)
 }

@@ -35,6 +35,7 @@ type TCPConn struct {
 	onClose func()                                      // runs once, at the first Close or Abort; nil = nothing
 	leave   func()                                      // gives the place at the upstream back, with onClose; nil = nothing
 	bind    func(context.Context) (flow.Binding, error) // nil = the upstream has no such thing
+	lazy    bool                                        // acknowledges with data: ack.go
 	direct  bool                                        // there is no upstream
 }
 

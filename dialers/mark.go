@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -59,7 +60,8 @@ type Net struct {
 	cfg     NetConfig
 	lookups lookups
 	ports   ports
-	batches sync.Pool // of *batch: a datagram batch is needed only while a system call runs, not while an association waits
+	dialing atomic.Int32 // connections to servers that are being opened
+	batches sync.Pool    // of *batch: a datagram batch is needed only while a system call runs, not while an association waits
 }
 
 // NewNet returns a Net. It opens nothing.
