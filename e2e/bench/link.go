@@ -67,7 +67,7 @@ func runLink(args []string) error {
 		if err != nil {
 			return fmt.Errorf("setns %s: %w", args[2*i], err)
 		}
-		if ends[i], err = delay.OpenTUN(args[2*i+1]); err != nil {
+		if ends[i], err = delay.OpenTUN(args[2*i+1], loss == 0); err != nil {
 			return err
 		}
 	}

@@ -19,7 +19,7 @@ func newRelay(t *testing.T, a, b *NS, name string, oneWay time.Duration, loss fl
 	var ends []*os.File
 	for _, n := range []*NS{a, b} {
 		err := n.Do(func() error {
-			f, err := delay.OpenTUN(name)
+			f, err := delay.OpenTUN(name, false)
 			if err == nil {
 				ends = append(ends, f)
 			}
