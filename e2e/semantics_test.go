@@ -35,6 +35,12 @@ type wire struct {
 // newWire starts a lab and a daemon whose flows are adopted (auto) or are not (off).
 func newWire(t *testing.T, offload string, o lab.Options) *wire {
 	t.Helper()
+	return newWireVia(t, "p", offload, o)
+}
+
+// newWireVia is newWire for flows that go by an upstream: "p", the server, or "direct".
+func newWireVia(t *testing.T, upstream, offload string, o lab.Options) *wire {
+	t.Helper()
 	w := &wire{Lab: lab.New(t, o), path: "kernel", accepted: make(chan *net.TCPConn, 16)}
 	if offload == "off" || !lab.CanAdopt() {
 		w.path = "netstack"
@@ -55,8 +61,8 @@ func newWire(t *testing.T, offload string, o lab.Options) *wire {
 	}()
 	w.s = w.Serve(t, 1083)
 	w.m = w.Mprox(t)
-	w.m.UpConfig(fmt.Sprintf(`{ "upstreams": { "p": { "url": %q } }, "contexts": { "default": { "mode": "global", "default": "p", "dial_timeout": "15s",
-  "offload": %q, "dns": { "mode": "off" } } } }`, w.s.URL(), offload))
+	w.m.UpConfig(fmt.Sprintf(`{ "upstreams": { "p": { "url": %q } }, "contexts": { "default": { "mode": "global", "default": %q, "dial_timeout": "15s",
+  "offload": %q, "dns": { "mode": "off" } } } }`, w.s.URL(), upstream, offload))
 	return w
 }
 
@@ -233,20 +239,28 @@ func urgentData(t *testing.T, w *wire, a netip.Addr) {
 	t.Helper()
 	app, far := w.open(t, a)
 	w.check(t, app, far)
+	urgently(t, app, far)
+	app, far = w.open(t, a)
+	urgently(t, far, app)
+}
+
+// urgently sends urgent data among other, and wants it to arrive in its place.
+func urgently(t *testing.T, from, to *net.TCPConn) {
+	t.Helper()
 	want := ""
 	for i := range 5 {
 		text := fmt.Sprintf("before %d ", i)
-		if _, err := io.WriteString(app, text); err != nil {
+		if _, err := io.WriteString(from, text); err != nil {
 			t.Fatal(err)
 		}
-		ofSocket(t, app, func(fd int) error { return unix.Sendto(fd, []byte("!"), unix.MSG_OOB, nil) })
+		ofSocket(t, from, func(fd int) error { return unix.Sendto(fd, []byte("!"), unix.MSG_OOB, nil) })
 		want += text + "!"
 	}
-	if _, err := io.WriteString(app, "after"); err != nil {
+	if _, err := io.WriteString(from, "after"); err != nil {
 		t.Fatal(err)
 	}
-	_ = app.CloseWrite()
-	got, err := io.ReadAll(far)
+	_ = from.CloseWrite()
+	got, err := io.ReadAll(to)
 	if err != nil || string(got) != want+"after" {
 		t.Errorf("%q, %v; want %q", got, err, want+"after")
 	}

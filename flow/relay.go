@@ -46,6 +46,7 @@ type relaying struct {
 	half   bool        // one direction has come to its end of file
 	failed error       // what broke the flow, nil if nothing has
 	over   bool
+	lost   losses
 }
 
 // relay moves bytes both ways until both directions have ended, or ctx has, and closes both. head is sent to up first.
@@ -139,6 +140,7 @@ func (r *relaying) spliced(ctx context.Context, app Splicer, up Socket) bool {
 			src, dst = dst, src
 		}
 		if isWriteError(err) { // src is read until it ends
+			r.lost.note(r.app == dst, err) // before the worker comes to what dst has sent
 			go func() {
 				defer running.Done()
 				r.settle(src, dst, err)
@@ -179,13 +181,18 @@ func (r *relaying) direction(src, dst Conn, move func() error) bool {
 
 // settle passes the end of a direction on.
 func (r *relaying) settle(src, dst Conn, err error) {
+	if err == nil {
+		err = r.lost.behind(r.app == src, src)
+	}
 	switch {
 	case err == nil:
+		r.lost.finish(r.app == dst)
 		_ = dst.CloseWrite() // if it fails, dst is gone, which the other direction finds out by reading from it
 		r.ended(dst)
 	case isWriteError(err):
 		// dst takes no more, but what it sent before may still be on its way to src: let the other direction come to its own end. Meanwhile
 		// src is read and its bytes thrown away, because unread bytes in a socket make closing it a reset of what is queued towards it.
+		r.lost.note(r.app == dst, err)
 		r.deaf(src, err)
 		if err := r.discard(src); err != nil {
 			src.Abort()

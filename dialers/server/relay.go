@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -34,6 +35,10 @@ func (c *session) relay(out flow.Conn, reply []byte) error {
 	idle := watchIdle(c.conn, c.s.cfg.IdleTimeout, func() { abort(errIdle) })
 	defer idle.stop()
 	var down, watch sync.WaitGroup
+	sides := [2]*half{{conn: c.conn}, {conn: out}}
+	for _, h := range sides {
+		h.takeUrgent()
+	}
 	// ended looks after a side that has come to its end of file: nobody reads from it any more, who would notice that it was reset.
 	ended := func(side flow.Conn) {
 		watch.Go(func() {
@@ -47,7 +52,7 @@ func (c *session) relay(out flow.Conn, reply []byte) error {
 			abort(err)
 			return
 		}
-		if err := copyHalf(c.conn, out); err != nil {
+		if err := sides[0].copyFrom(sides[1]); err != nil {
 			abort(err)
 			return
 		}
@@ -55,7 +60,7 @@ func (c *session) relay(out flow.Conn, reply []byte) error {
 	})
 	err := c.early(out)
 	if err == nil {
-		err = copyHalf(out, c.conn)
+		err = sides[1].copyFrom(sides[0])
 	}
 	if err != nil {
 		abort(err)
@@ -110,16 +115,52 @@ func awaitReset(c flow.Conn) error {
 	return reset
 }
 
-// copyHalf moves one direction until its end of file, and passes that on.
-func copyHalf(dst, src flow.Conn) error {
-	var r io.Reader = src
-	if t, ok := src.(*dialers.TCPConn); ok {
+// half is one side of a relay.
+type half struct {
+	conn     flow.Conn
+	finished atomic.Bool // it is sent FIN
+}
+
+// takeUrgent has urgent data read like any other, in its place.
+func (h *half) takeUrgent() {
+	if t, ok := h.conn.(*dialers.TCPConn); ok {
+		if raw, err := t.SyscallConn(); err == nil {
+			_ = raw.Control(func(fd uintptr) { _ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_OOBINLINE, 1) })
+		}
+	}
+}
+
+// copyFrom moves one direction until the end of file of src, and passes that on.
+func (h *half) copyFrom(src *half) error {
+	r := io.Reader(src.conn)
+	if t, ok := r.(*dialers.TCPConn); ok {
 		r = t.TCPConn // the type that net's splice looks for
 	}
-	if _, err := io.Copy(dst, r); err != nil {
-		return err
+	for {
+		if _, err := io.Copy(h.conn, r); err != nil {
+			return err
+		}
+		// Before urgent data, splice stops as it does at the end; read(2) does not.
+		var b [512]byte
+		n, err := r.Read(b[:])
+		if n > 0 {
+			if _, err := h.conn.Write(b[:n]); err != nil {
+				return err
+			}
+			continue
+		}
+		if err != nil && !errors.Is(err, io.EOF) {
+			return err
+		}
+		break
 	}
-	if err := dst.CloseWrite(); err != nil && !errors.Is(err, unix.ENOTCONN) && !errors.Is(err, net.ErrClosed) {
+	if !src.finished.Load() {
+		if err := flow.Lost(src.conn); err != nil {
+			return err
+		}
+	}
+	h.finished.Store(true)
+	if err := h.conn.CloseWrite(); err != nil && !errors.Is(err, unix.ENOTCONN) && !errors.Is(err, net.ErrClosed) {
 		return err
 	}
 	return nil

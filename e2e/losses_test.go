@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package e2e
+
+import (
+	"errors"
+	"io"
+	"net"
+	"os"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/mutex-proxy/mutex/e2e/lab"
+)
+
+// TestLostConnection: a side is reset while what is sent to it is stuck. The other one must not take what it has got for all there is: it is
+// reset as well, whichever of the two directions has noticed it first.
+func TestLostConnection(t *testing.T) {
+	for _, via := range []string{"direct", "p"} {
+		for _, offload := range []string{"auto", "off"} {
+			t.Run(via+" offload "+offload, func(t *testing.T) {
+				t.Parallel()
+				w := newWireVia(t, via, offload, lab.Options{})
+				for fam, a := range ways() {
+					for who, byApp := range map[string]bool{"origin": false, "app": true} {
+						t.Run("reset by "+who+" "+fam, func(t *testing.T) {
+							for range 10 {
+								app, far := w.open(t, a)
+								if byApp {
+									app, far = far, app
+								}
+								lostWhileFull(t, app, far)
+							}
+						})
+					}
+				}
+			})
+		}
+	}
+}
+
+// lostWhileFull has lost say something, and reset the connection when what c sends to it is stuck.
+func lostWhileFull(t *testing.T, c, lost *net.TCPConn) {
+	t.Helper()
+	const said = "the first half"
+	if _, err := io.WriteString(lost, said); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(c, make([]byte, len(said))); err != nil {
+		t.Fatal(err)
+	}
+	_ = c.SetWriteDeadline(time.Now().Add(300 * time.Millisecond))
+	buf := make([]byte, 64<<10)
+	for {
+		if _, err := c.Write(buf); errors.Is(err, os.ErrDeadlineExceeded) {
+			break
+		} else if err != nil {
+			t.Fatal(err)
+		}
+	}
+	_ = lost.SetLinger(0)
+	lost.Close()
+	if n, err := c.Read(buf); n != 0 || !isErrno(err, syscall.ECONNRESET) {
+		t.Errorf("read: %d, %v; want a reset", n, err)
+	}
+	_ = c.SetLinger(0)
+	c.Close()
+}
