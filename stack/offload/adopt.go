@@ -25,7 +25,7 @@ import (
 //	3 bind(destination), sequence numbers, connect(application), options, window
 //	4 TCP_REPAIR off, without a probe
 //	5 the SYN-ACK is written into the TUN             the application is connected
-//	6 has it answered? RST: Accept fails. Nothing yet: asked again until confirmTime, then reset
+//	6 has it answered? RST: Accept fails. Nothing yet: asked again after silence (hearing.go) and confirmTime, then reset
 //	7 Splice: both descriptors to a worker
 //
 // What the kernel does with the application's packets from step 5 on: policy/accel.go.
@@ -72,6 +72,29 @@ func (e *Engine) Adopt(s *SYN, write func(synACK []byte) error) (*Conn, error) {
 	if e.cfg.Waits != nil && !e.cfg.Waits(s.Src, s.Dst) {
 		return nil, errSocket
 	}
+	if err := e.hearing.try(); err != nil {
+		return nil, err
+	}
+	c, err := e.answer(s, write)
+	if err != nil {
+		e.hearing.unknown()
+		return nil, err
+	}
+	switch confirmed, err := c.confirmed(); {
+	case err != nil:
+		e.hearing.yes() // if only a reset
+		c.Abort()
+		return nil, fmt.Errorf("%w: %w", flow.ErrGone, err)
+	case confirmed:
+		e.hearing.yes()
+	default:
+		c.doubt()
+	}
+	return c, nil
+}
+
+// answer is steps 2 to 5.
+func (e *Engine) answer(s *SYN, write func(synACK []byte) error) (*Conn, error) {
 	fd, packet, err := e.build(s)
 	if err != nil {
 		return nil, err
@@ -91,15 +114,7 @@ func (e *Engine) Adopt(s *SYN, write func(synACK []byte) error) (*Conn, error) {
 		discard(fd)
 		return nil, fmt.Errorf("answer: %w", err)
 	}
-	c := newConn(e, fd, spare, s)
-	switch confirmed, err := c.confirmed(); {
-	case err != nil:
-		c.Abort()
-		return nil, fmt.Errorf("%w: %w", flow.ErrGone, err)
-	case !confirmed:
-		c.confirm = time.AfterFunc(confirmTime, c.unconfirmed)
-	}
-	return c, nil
+	return newConn(e, fd, spare, s), nil
 }
 
 // build returns the connected socket and the SYN-ACK that tells the application of it.

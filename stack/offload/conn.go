@@ -30,7 +30,7 @@ type Conn struct {
 	end
 	e             *Engine
 	local, remote netip.AddrPort // remote is the application
-	confirm       *time.Timer    // nil if the application's kernel had answered at once
+	confirm, hear *time.Timer    // nil if the application's kernel had answered at once
 }
 
 var _ flow.Splicer = (*Conn)(nil)
@@ -67,8 +67,24 @@ func (c *Conn) Answered() bool {
 	if c.confirm == nil {
 		return true
 	}
+	return c.answered()
+}
+
+func (c *Conn) answered() bool {
 	ok, err := c.confirmed()
 	return ok || err != nil
+}
+
+// doubt has the connection looked at again after silence, and after confirmTime.
+func (c *Conn) doubt() {
+	c.confirm = time.AfterFunc(confirmTime, c.unconfirmed)
+	c.hear = time.AfterFunc(silence, func() {
+		if c.answered() {
+			c.e.hearing.yes()
+		} else {
+			c.e.hearing.no()
+		}
+	})
 }
 
 // unconfirmed ends a connection that nobody has ever answered for.
@@ -110,6 +126,9 @@ func (c *Conn) Abort() { _ = c.finish(true) }
 func (c *Conn) finish(reset bool) error {
 	if c.confirm != nil {
 		c.confirm.Stop()
+		if c.hear.Stop() {
+			c.e.hearing.unknown()
+		}
 	}
 	c.e.remove(c)
 	c.end.finish(reset)

@@ -18,7 +18,9 @@ import (
 	"runtime"
 	"sync"
 	"sync/atomic"
+	"time"
 
+	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 )
 
@@ -31,6 +33,7 @@ type Config struct {
 	// Waits reports whether a socket of this machine, bound to no device, is connecting from src to dst: lo is no device that it could be bound
 	// to. nil = not asked.
 	Waits func(src, dst netip.AddrPort) bool
+	Log   *zap.Logger // nil = none
 }
 
 // maxWorkers bounds the workers of an Engine: above, the memory bus is the limit.
@@ -39,6 +42,7 @@ const maxWorkers = 8
 // Engine moves the bytes of all adopted flows of one context.
 type Engine struct {
 	cfg     Config
+	hearing hearing
 	maxFD   int // no flow is adopted with a descriptor from here on
 	workers []*worker
 	next    atomic.Uint32
@@ -58,7 +62,10 @@ func New(cfg Config) (*Engine, error) {
 	if n := len(cfg.Option); n > maxMore || n%4 != 0 {
 		return nil, fmt.Errorf("offload: an option of %d bytes", n)
 	}
-	return &Engine{cfg: cfg, conns: map[*Conn]struct{}{}}, nil
+	if cfg.Log == nil {
+		cfg.Log = zap.NewNop()
+	}
+	return &Engine{cfg: cfg, hearing: hearing{log: cfg.Log, now: time.Now}, conns: map[*Conn]struct{}{}}, nil
 }
 
 // spareDescriptors is the part of the limit of open files, 1/spareDescriptors, that is kept for what does not come in pairs: in netstack a flow needs

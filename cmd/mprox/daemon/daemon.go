@@ -279,7 +279,7 @@ func (d *Daemon) contextEnv(stateDir string) contextEnv {
 	return contextEnv{
 		net: d.net, owner: owner{d.owners, d.metrics}, ids: &d.ids, recorder: d.metrics, stateDir: stateDir, docker: d.docker, log: d.log,
 		forget: d.host.ForgetConnection, offload: offload.Config{
-			Mark: policy.AccelMark(uint32(d.cfg.Kernel.MarkMask)), TTL: policy.AccelTTL, Option: d.shortcut.Option, Waits: d.owners.Waits,
+			Mark: policy.AccelMark(uint32(d.cfg.Kernel.MarkMask)), TTL: policy.AccelTTL, Option: d.shortcut.Option, Waits: d.owners.Waits, Log: d.log,
 		},
 	}
 }
