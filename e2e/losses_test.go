@@ -6,11 +6,14 @@ import (
 	"errors"
 	"io"
 	"net"
+	"net/netip"
 	"os"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/mutex-proxy/mutex/e2e/lab"
 )
@@ -106,4 +109,35 @@ func reaches(c, far *net.TCPConn) bool {
 	_ = far.SetReadDeadline(time.Now().Add(time.Second))
 	_, err := io.ReadFull(far, b)
 	return err == nil && string(b) == "hello"
+}
+
+// TestSmallBuffer: an application with the smallest of receive buffers gets its data as fast as without a proxy.
+func TestSmallBuffer(t *testing.T) {
+	t.Parallel()
+	w := newWire(t, "auto", lab.Options{})
+	for fam, a := range ways() {
+		t.Run(fam, func(t *testing.T) {
+			var c net.Conn
+			err := w.Client.Do(func() (err error) {
+				d := net.Dialer{Control: func(_, _ string, rc syscall.RawConn) error {
+					var serr error
+					cerr := rc.Control(func(fd uintptr) { serr = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUF, 1) })
+					return errors.Join(cerr, serr)
+				}}
+				c, err = d.Dial("tcp", netip.AddrPortFrom(a, portTest).String())
+				return err
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { c.Close() })
+			far := w.far(t, c)
+			go func() { _, _ = far.Write(make([]byte, 100_000)) }()
+			within(t, 3*time.Second, "100 KB", func() {
+				if _, err := io.CopyN(io.Discard, c, 100_000); err != nil {
+					t.Error(err)
+				}
+			})
+		})
+	}
 }

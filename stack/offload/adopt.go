@@ -44,6 +44,10 @@ const (
 	keepAliveCount    = 5
 )
 
+// leastWindow is the window of a SYN, in bytes, from which on a flow is adopted. The kernel sends no segment longer than half of the largest window seen
+// (tcp_bound_to_half_wnd), but learns of it here only when the length is chosen: to a smaller buffer, each would wait for the persist timer.
+const leastWindow = 4096
+
 // orphanTimeout bounds, in milliseconds, how long the kernel goes on delivering after Close.
 const orphanTimeout = 60_000
 
@@ -54,6 +58,8 @@ const (
 	queueRecv = 1 // TCP_RECV_QUEUE
 	queueSend = 2 // TCP_SEND_QUEUE
 )
+
+var errWindow = errors.New("the application's receive buffer is very small")
 
 var errSocket = errors.New("the application's socket is bound to a device, or gone")
 
@@ -68,6 +74,9 @@ type repairOption struct{ code, value uint32 }
 func (e *Engine) Adopt(s *SYN, write func(synACK []byte) error) (*Conn, error) {
 	if s.Src.Addr().Is4() != s.Dst.Addr().Is4() {
 		return nil, errSYN
+	}
+	if s.Window < leastWindow {
+		return nil, errWindow
 	}
 	if e.cfg.Waits != nil && !e.cfg.Waits(s.Src, s.Dst) {
 		return nil, errSocket
