@@ -151,6 +151,9 @@ func (b *selectionBits) decision(k hookKind, m *bpfMaps, off offsets, cookie uin
 		asm.JNE.Reg(asm.R0, asm.R2, "allow"))
 	a.currentTask(m)
 	if len(b.rules) > 0 {
+		if k.creates() {
+			b.learnRun(a, m)
+		}
 		if k.sends() {
 			// Marked by the other hooks: nothing is decided a datagram.
 			a.socketMark(k)
@@ -163,7 +166,7 @@ func (b *selectionBits) decision(k hookKind, m *bpfMaps, off offsets, cookie uin
 		}
 		b.evaluate(a, m, acc, cur)
 		b.choose(a, acc)
-		b.mark(a, k)
+		b.mark(a, m, k)
 	}
 	a.at("owner")
 	if b.owners {
@@ -370,8 +373,8 @@ func (a *assembler) socketMark(k hookKind) {
 		asm.LoadMem(asm.R2, asm.R1, bpfSockMark, asm.Word))
 }
 
-// mark gives the socket the mark in R8. Marks of contexts that are not ours, of an `mprox run` in this namespace, stay.
-func (b *selectionBits) mark(a *assembler, k hookKind) {
+// mark gives the socket the mark in R8. What another instance has marked stays.
+func (b *selectionBits) mark(a *assembler, m *bpfMaps, k hookKind) {
 	a.at("chosen")
 	a.socketMark(k)
 	a.emit(
@@ -380,13 +383,10 @@ func (b *selectionBits) mark(a *assembler, k hookKind) {
 		asm.And.Reg(asm.R2, asm.R3),
 		asm.JEq.Reg(asm.R2, asm.R8, "owner"),
 		asm.JEq.Imm(asm.R2, 0, "set"))
-	low := b.mask & -b.mask
 	for _, r := range b.rules {
 		a.emit(asm.LoadImm(asm.R3, int64(r.mark), asm.DWord), asm.JEq.Reg(asm.R2, asm.R3, "set"))
 	}
-	a.emit(
-		asm.LoadImm(asm.R3, int64(uint64(low)*markFirst), asm.DWord), asm.JLT.Reg(asm.R2, asm.R3, "set"),
-		asm.LoadImm(asm.R3, int64(uint64(low)*(markFirst+MaxContexts)), asm.DWord), asm.JLT.Reg(asm.R2, asm.R3, "owner"))
+	b.foreign(a, m)
 	a.at("set")
 	a.emit(
 		asm.LoadImm(asm.R3, int64(^b.mask), asm.DWord),

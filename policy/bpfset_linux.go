@@ -21,6 +21,7 @@ const (
 	maxCgroups   = 16384 // selected cgroups, with those below
 	maxFiles     = 16384 // executables
 	maxIDs       = 65536 // users, groups, sessions
+	maxRuns      = 4096  // cgroups of other instances. This one does forget: the next socket made there fills it again
 )
 
 // fileID is a file or directory as the kernel itself numbers it: what stat shows differs on some file systems.
@@ -29,12 +30,13 @@ type fileID struct{ Dev, Inode uint64 }
 // bpfMaps are the maps of one set of programs. A value is a bit set of selectors, but for tasks, state and owners.
 type bpfMaps struct {
 	tasks, uids, gids, cgroups, paths, units, files, names, sessions, groups, state, owners, flows *ebpf.Map
+	runs                                                                                           *ebpf.Map // cgroup → mark, see foreign
 	globs                                                                                          *ebpf.Map // nil without patterns
 }
 
 func (m *bpfMaps) each() []**ebpf.Map {
 	return []**ebpf.Map{
-		&m.tasks, &m.uids, &m.gids, &m.cgroups, &m.paths, &m.units, &m.files, &m.names, &m.sessions, &m.groups, &m.state, &m.owners, &m.flows, &m.globs,
+		&m.tasks, &m.uids, &m.gids, &m.cgroups, &m.paths, &m.units, &m.files, &m.names, &m.sessions, &m.groups, &m.state, &m.owners, &m.flows, &m.runs, &m.globs,
 	}
 }
 
@@ -47,8 +49,8 @@ func (m *bpfMaps) Close() error {
 	return nil
 }
 
-// newMaps makes the maps for selectors of n words. Those of owners are taken over from a set before, if it has them: they are the largest, and
-// what is in them stays true.
+// newMaps makes the maps for selectors of n words. Those of owners and of runs are taken over from a set before, if it has them: what is in them
+// stays true, and those of owners are the largest.
 func newMaps(n, tasks int, owners bool, prev *bpfMaps) (_ *bpfMaps, err error) {
 	m := &bpfMaps{}
 	defer func() {
@@ -69,6 +71,11 @@ func newMaps(n, tasks int, owners bool, prev *bpfMaps) (_ *bpfMaps, err error) {
 		}
 		if m.flows, err = prev.flows.Clone(); err != nil {
 			return nil, fmt.Errorf("bpf map flows: %w", err)
+		}
+	}
+	if prev != nil {
+		if m.runs, err = prev.runs.Clone(); err != nil {
+			return nil, fmt.Errorf("bpf map runs: %w", err)
 		}
 	}
 	bits := uint32(8 * n)
@@ -93,6 +100,7 @@ func newMaps(n, tasks int, owners bool, prev *bpfMaps) (_ *bpfMaps, err error) {
 		{&m.state, "state", ebpf.Array, 4, stateSize, 1, unix.BPF_F_MMAPABLE},
 		{&m.owners, "owners", ebpf.LRUHash, 8, sizeofOwner, ownerCount, 0},
 		{&m.flows, "flows", ebpf.LRUHash, sizeofFlowKey, sizeofFlow, flowCount, 0},
+		{&m.runs, "runs", ebpf.LRUHash, 8, 4, maxRuns, 0},
 	} {
 		if *x.m != nil {
 			continue
