@@ -46,6 +46,9 @@ func (w *way) is(p []byte, port uint16) bool {
 	return got == port || got == 53 && w.name[:3] == "DNS"
 }
 
+// unusedSlot is one that hardly any context has: they get theirs from both ends.
+const unusedSlot = policy.MaxContexts / 2
+
 type option func(fd int) error
 
 // ways lists them all, for both families.
@@ -72,6 +75,7 @@ func ways(dev string, opt Options, v6 bool) []way {
 			{", IP_UNICAST_IF", unicastIf(dev, dst)},
 			{", bypass mark", marked(policy.BypassMark(opt.Mask))},
 			{", inbound mark", marked(policy.InboundMark(opt.Mask))},
+			{", unused context's mark", marked(policy.ContextMark(opt.Mask, unusedSlot))},
 			{", bypass mark and device", both(marked(policy.BypassMark(opt.Mask)), bound(dev))},
 		} {
 			saved := skip
