@@ -50,6 +50,7 @@ func SocketProbes() []Probe {
 			"UNICAST_IF":    unicastIf(dst),
 			"bypass mark":   setMark(0x4d000000),
 			"inbound mark":  setMark(0x4e000000),
+			"context mark":  setMark(0x6f000000), // of one that is not there
 			"IP_TRANSPARNT": nil,
 		} {
 			if how == "IP_TRANSPARNT" {
