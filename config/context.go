@@ -47,7 +47,7 @@ type Bypass struct {
 	Network []string    `json:"network" enum:"tcp,udp,icmp" doc:"Networks."`
 
 	Protocol []string `json:"protocol" doc:"Detected protocols, such as bittorrent."`
-	Process  []string `json:"process" doc:"File names of executables, without the directory."`
+	Process  []string `json:"process" pattern:"^[^/]+$" doc:"File names of executables, without the directory."`
 }
 
 // Match is a set of conditions. All that are given must match; a list matches if one member does.
