@@ -46,7 +46,7 @@ func (s *sender) udp(src, dst netip.AddrPort, payload []byte) bool {
 	binary.BigEndian.PutUint16(head[4:], uint16(length))
 	sum := pseudoSum(header.UDPProtocolNumber, src.Addr(), dst.Addr(), length)
 	var h tun.Header
-	if s.fits(v4, length) && s.link.dev.Offload() {
+	if s.fits(v4, length) && s.link.dev.Load().Offload() {
 		// The kernel completes it, or, on the way to a socket of this machine, never has to.
 		h.Flags = tun.NeedsChecksum
 		h.CsumStart = header.IPv6MinimumSize
@@ -72,7 +72,7 @@ const trainMax = 28
 // of one size, and none needs fragments.
 func (s *sender) train(src netip.AddrPort, ds []flow.Datagram) int {
 	size := len(ds[0].Buf)
-	if !s.link.dev.USO() || size == 0 || !s.fits(src.Addr().Is4(), header.UDPMinimumSize+size) {
+	if !s.link.dev.Load().USO() || size == 0 || !s.fits(src.Addr().Is4(), header.UDPMinimumSize+size) {
 		return 1
 	}
 	total, n := header.IPv6MinimumSize+header.UDPMinimumSize+size, 1

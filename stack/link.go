@@ -4,6 +4,7 @@ package stack
 
 import (
 	"net/netip"
+	"sync/atomic"
 
 	"gvisor.dev/gvisor/pkg/buffer"
 	"gvisor.dev/gvisor/pkg/tcpip"
@@ -38,8 +39,7 @@ const copyMax = 16 << 10
 
 // link is what both NICs share.
 type link struct {
-	dev    *tun.Device
-	queues []*tun.Queue
+	dev    atomic.Pointer[tun.Device] // Replace changes it
 	mtu    int
 	count  *counters
 	shakes chan handshake // SYN-ACKs for writeShakes
@@ -47,7 +47,8 @@ type link struct {
 }
 
 func newLink(dev *tun.Device, count *counters) *link {
-	l := &link{dev: dev, queues: dev.Queues(), mtu: dev.MTU(), count: count, shakes: make(chan handshake, shakesMax)}
+	l := &link{mtu: dev.MTU(), count: count, shakes: make(chan handshake, shakesMax)}
+	l.dev.Store(dev)
 	l.acks.write = func(hash uint32, h *tun.Header, b []byte) { l.send(hash, h, b) }
 	return l
 }
@@ -103,9 +104,10 @@ func isSYNACK(pkt *stack.PacketBuffer) bool {
 
 // send writes one packet, given in pieces that stay the caller's. All packets of one hash leave by one queue, and so in order.
 func (l *link) send(hash uint32, h *tun.Header, pieces ...[]byte) {
-	q := l.queues[0]
-	if len(l.queues) > 1 {
-		q = l.queues[hash%uint32(len(l.queues))]
+	queues := l.dev.Load().Queues()
+	q := queues[0]
+	if len(queues) > 1 {
+		q = queues[hash%uint32(len(queues))]
 	}
 	if q.Write(h, pieces...) != nil {
 		l.count.drop(dropWrite)
@@ -232,7 +234,7 @@ func (*nic) GSOMaxSize() uint32 { return tun.MaxPacket }
 
 // SupportedGSO says who splits trains: the kernel, unless the device was opened without offloads.
 func (n *nic) SupportedGSO() stack.SupportedGSO {
-	if n.dev.Offload() {
+	if n.dev.Load().Offload() {
 		return stack.HostGSOSupported
 	}
 	return stack.GSONotSupported

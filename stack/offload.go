@@ -167,7 +167,7 @@ func (a *adoptions) stray(id stack.TransportEndpointID, h header.TCP) (answer []
 // answer writes a packet of ours and says whether the kernel has taken it.
 func (l *link) answer(b []byte) error {
 	var h tun.Header
-	if err := l.queues[0].Write(&h, b); err != nil {
+	if err := l.dev.Load().Queues()[0].Write(&h, b); err != nil {
 		l.count.drop(dropWrite)
 		return os.NewSyscallError("tun: writev", err)
 	}

@@ -183,7 +183,7 @@ func FuzzLink(f *testing.F) {
 			return true, 0
 		},
 	}, true, func(c *Config) { c.MaxUDPSessions = 64 })
-	s.link.queues[0].Stop() // the reader is the fuzzer now
+	s.link.dev.Load().Queues()[0].Stop() // the reader is the fuzzer now
 	s.readers.Wait()
 	trusted, ok := s.ns.GetLinkEndpointByName("trusted").(*nic)
 	if !ok {

@@ -49,6 +49,8 @@ type Config struct {
 	Device  *tun.Device // remains the caller's, to be closed after the Stack
 	Handler Handler
 	Log     *zap.Logger // nil = silence
+	// Gone is called when a device can no longer be read, at least once: somebody has deleted it (Replace). nil = it is only logged. It must not block.
+	Gone func(*tun.Device)
 
 	// Offload adopts TCP flows into the kernel where flow asks for it; nil = none. It needs what policy.ContextSpec.Offload puts there.
 	Offload *offload.Config
@@ -66,6 +68,7 @@ type Stack struct {
 	cancel context.CancelFunc
 	count  counters
 	link   *link
+	nics   [2]*nic // trusted, checked
 	send   sender
 	copies pool
 	tcp    *tcpFront
@@ -76,7 +79,7 @@ type Stack struct {
 	readers sync.WaitGroup // one a queue
 	writers sync.WaitGroup // of SYN-ACKs, and of SYNs that had to wait
 
-	mu      sync.Mutex
+	mu      sync.Mutex // guards what follows, and cfg.Device
 	started bool
 	closed  bool
 	done    chan struct{} // closed when Close has finished
@@ -130,21 +133,48 @@ func (s *Stack) Start() error {
 			return fmt.Errorf("stack: %w", err)
 		}
 	}
-	trusted, checked := newTrusted(s.link), newChecked(s.link)
-	if err := s.build(trusted, checked); err != nil {
+	s.nics = [2]*nic{newTrusted(s.link), newChecked(s.link)}
+	if err := s.build(s.nics[0], s.nics[1]); err != nil {
 		return fmt.Errorf("stack: %w", err)
 	}
 	s.writers.Go(func() { s.link.writeShakes(s.ctx.Done()) })
 	s.writers.Go(func() { s.tcp.reuse.run(s.ctx.Done()) })
-	for _, q := range s.cfg.Device.Queues() {
+	s.read(s.cfg.Device)
+	return nil
+}
+
+// read starts the readers of a device.
+func (s *Stack) read(dev *tun.Device) {
+	for _, q := range dev.Queues() {
 		s.readers.Go(func() {
-			r := &reader{link: s.link, trusted: trusted, checked: checked, udp: s.udp.receive, reuse: s.tcp.reuse}
+			r := &reader{link: s.link, trusted: s.nics[0], checked: s.nics[1], udp: s.udp.receive, reuse: s.tcp.reuse}
 			defer r.close()
-			if err := q.Receive(r); err != nil && s.ctx.Err() == nil {
-				s.cfg.Log.Error("reading the tun device ended", zap.String("device", s.cfg.Device.Name()), zap.Error(err))
+			err := q.Receive(r)
+			switch {
+			case err == nil || s.ctx.Err() != nil:
+			case s.cfg.Gone != nil:
+				s.cfg.Gone(dev)
+			default:
+				s.cfg.Log.Error("reading the tun device ended", zap.String("device", dev.Name()), zap.Error(err))
 			}
 		})
 	}
+}
+
+// Replace goes on with another device of the same MTU, after somebody has deleted the first: connections and sessions live on, as after a moment
+// without a network. The first remains the caller's, to be closed afterwards.
+func (s *Stack) Replace(dev *tun.Device) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case !s.started || s.closed:
+		return errors.New("stack: not started, or closed")
+	case dev.MTU() != s.link.mtu:
+		return fmt.Errorf("stack: the MTU was %d and cannot become %d", s.link.mtu, dev.MTU())
+	}
+	s.cfg.Device = dev
+	s.link.dev.Store(dev)
+	s.read(dev)
 	return nil
 }
 
