@@ -2,7 +2,10 @@
 
 package policy
 
-import "errors"
+import (
+	"errors"
+	"fmt"
+)
 
 // What callers branch on. The text around them is one line that names what is missing, or who is in the way, and what to do.
 var (
@@ -17,3 +20,15 @@ var (
 	// ErrClosed: the Manager is closed.
 	ErrClosed = errors.New("policy manager is closed")
 )
+
+// DeviceGoneError: a device that the Spec names does not exist. What is captured stays unreachable.
+type DeviceGoneError struct {
+	Device string
+	Err    error
+}
+
+// Error implements error.
+func (e *DeviceGoneError) Error() string { return fmt.Sprintf("device %s: %v", e.Device, e.Err) }
+
+// Unwrap returns what the kernel said.
+func (e *DeviceGoneError) Unwrap() error { return e.Err }

@@ -25,6 +25,8 @@ type Config struct {
 	Daemon *Daemon
 	// Changed is called for every change of links, addresses, routes, rules and nftables while the Manager watches; nil = nobody asks. It must not block.
 	Changed func()
+	// Gone is told which device of the Spec no longer exists when that keeps the kernel from being repaired; nil = it is logged. It must not block.
+	Gone func(device string)
 	// Open: the devices that Prepare's spec names are open, and their packets are read. Who connects meanwhile waits, and is not refused.
 	Open bool
 }

@@ -92,12 +92,22 @@ func (m *Manager) reconcile(ctx context.Context) {
 		case <-tick.C:
 			old = true
 		}
-		if err := m.repair(ctx, old); err != nil && ctx.Err() == nil && !errors.Is(err, ErrClosed) {
-			// Whatever it was (a device that vanished between look and touch), the next event or tick tries again.
-			m.log.Warn("kernel state not repaired", zap.Error(err))
-		}
+		m.report(ctx, m.repair(ctx, old))
 		wait(ctx, pause)
 	}
+}
+
+// report says what has kept the kernel from being repaired. Whatever it was (a device that vanished between look and touch), the next event or tick
+// tries again.
+func (m *Manager) report(ctx context.Context, err error) {
+	if err == nil || ctx.Err() != nil || errors.Is(err, ErrClosed) {
+		return
+	}
+	if gone, ok := errors.AsType[*DeviceGoneError](err); ok && m.cfg.Gone != nil {
+		m.cfg.Gone(gone.Device)
+		return
+	}
+	m.log.Warn("kernel state not repaired", zap.Error(err))
 }
 
 // repair puts back what others have removed, and follows the links' routes and addresses. With old, it also forgets the sockets older than

@@ -315,6 +315,9 @@ func (h *LinuxHost) DeleteRoute(r Route) error {
 func (h *LinuxHost) SetLink(s LinkSpec) (bool, error) {
 	l, err := h.rt.LinkByName(s.Name)
 	if err != nil {
+		if _, gone := errors.AsType[vnl.LinkNotFoundError](err); gone {
+			return false, &DeviceGoneError{s.Name, err}
+		}
 		return false, fmt.Errorf("device %s: %w", s.Name, err)
 	}
 	a, changed := l.Attrs(), false
