@@ -41,6 +41,7 @@ type liveContext struct {
 	// reload, and flows that were adopted before one live on.
 	offload offload.Config
 	forget  func(src, dst netip.AddrPort) error
+	missed  func() // has lost devices made again soon
 	log     *zap.Logger
 	net     *dialers.Net
 	table   *flow.Table
@@ -60,6 +61,7 @@ type liveContext struct {
 	views   map[flow.Dialer]flow.Dialer // the upstreams in use, as this context sees them
 
 	device  *tun.Device
+	lost    bool // somebody has deleted the device: deviceKeeper makes it again
 	gone    bool // the device is about to go: the kernel is told first, or it would be seen as a fault and repaired
 	stack   *stack.Stack
 	dns     listeners
@@ -75,14 +77,15 @@ type contextEnv struct {
 	stateDir string
 	forget   func(src, dst netip.AddrPort) error // makes conntrack forget a connection
 	offload  offload.Config
-	docker   bool // the machine's resolver is Docker's: it knows the names of containers
+	missed   func() // see liveContext
+	docker   bool   // the machine's resolver is Docker's: it knows the names of containers
 	log      *zap.Logger
 }
 
 // newContext builds a context. It opens nothing.
 func newContext(cfg *config.Config, name string, slot int, ups *upstreams, env contextEnv) (*liveContext, error) {
 	c := &liveContext{name: name, slot: slot, cfg: cfg.Contexts[name], ups: ups, net: env.net}
-	c.offload, c.forget = env.offload, env.forget
+	c.offload, c.forget, c.missed = env.offload, env.forget, env.missed
 	c.log = env.log.With(zap.String("context", name))
 	// First without servers: an upstream that takes no names resolves a server's name through the module that is to ask it.
 	base := buildDNS(cfg, name, ups, plain, env)
@@ -155,7 +158,7 @@ func (c *liveContext) open(ctx context.Context) (err error) {
 	if err := c.dns.open(ctx, c.net, c.names, c.log, zapcore.WarnLevel); err != nil {
 		return fmt.Errorf("context %s: dns listener: %w", c.name, err)
 	}
-	cfg := stack.Config{Device: dev, Handler: c.handler, Log: c.log}
+	cfg := stack.Config{Device: dev, Handler: c.handler, Gone: c.deviceGone, Log: c.log}
 	if c.cfg.Mode != "gateway" {
 		cfg.Offload = &c.offload
 		cfg.Forget = func(src, dst netip.AddrPort) {
@@ -210,7 +213,7 @@ func (c *liveContext) spec() policy.ContextSpec {
 		Containers: len(c.who.named()) > 0,
 		InputPorts: ports(c.cfg.InputPorts),
 	}
-	if c.device != nil && !c.gone {
+	if c.device != nil && !c.gone && !c.lost {
 		s.TUN = c.device.Name()
 	}
 	chosen, excluded := c.sharedLocked()

@@ -76,6 +76,7 @@ type Daemon struct {
 	containers *process.Containers
 	news       newsroom
 	doorman    *doorman
+	devices    *deviceKeeper
 
 	reload     sync.Mutex     // held by whoever changes the set of contexts or the kernel plan
 	mu         sync.Mutex     // guards what follows, for a moment each
@@ -107,6 +108,7 @@ func New(opt Options) *Daemon {
 		contexts: make(map[string]*liveContext), generation: 1, loadedAt: time.Now(),
 	}
 	d.doorman = newDoorman(d)
+	d.devices = newDeviceKeeper(d)
 	return d
 }
 
@@ -123,6 +125,7 @@ func (d *Daemon) Run(ctx context.Context, ready func()) (err error) {
 	}
 	d.leftovers.Go(func() { keepMemory(ctx, percent) })
 	d.leftovers.Go(func() { keepProcs(ctx, d.flowsStarted) })
+	d.leftovers.Go(func() { d.devices.run(ctx) })
 	d.watcher.want(d)
 	d.ready.Store(true)
 	if ready != nil {
@@ -156,7 +159,7 @@ func (d *Daemon) start(ctx context.Context) error {
 	if d.owners, err = policy.NewOwners(d.host); err != nil {
 		return err
 	}
-	d.manager = policy.NewManager(policy.Config{Host: d.host, Log: d.log, Marking: policy.Marking(d.cfg.Kernel.Marking), Changed: d.doorman.knock})
+	d.manager = policy.NewManager(policy.Config{Host: d.host, Log: d.log, Marking: policy.Marking(d.cfg.Kernel.Marking), Changed: d.doorman.knock, Gone: d.devices.miss})
 	snap, err := d.manager.Snapshot(ctx)
 	if err != nil {
 		return err
@@ -278,7 +281,7 @@ func (d *Daemon) StopClosed() {
 func (d *Daemon) contextEnv(stateDir string) contextEnv {
 	return contextEnv{
 		net: d.net, owner: owner{d.owners, d.metrics}, ids: &d.ids, recorder: d.metrics, stateDir: stateDir, docker: d.docker, log: d.log,
-		forget: d.host.ForgetConnection, offload: offload.Config{
+		forget: d.host.ForgetConnection, missed: d.devices.knock, offload: offload.Config{
 			Mark: policy.AccelMark(uint32(d.cfg.Kernel.MarkMask)), TTL: policy.AccelTTL, Option: d.shortcut.Option, Waits: d.owners.Waits, Log: d.log,
 		},
 	}

@@ -123,11 +123,15 @@ func (b backend) Health(context.Context) []control.Check {
 	}
 	checks := []control.Check{guard}
 	for _, c := range b.live() {
-		if c.lease && c.spec().TUN == "" {
+		device, lost := c.deviceState()
+		if c.lease && device == "" && !lost {
 			continue // ended, and waiting for its last process
 		}
-		check := control.Check{Name: "device:" + c.name, OK: c.spec().TUN != ""}
-		if !check.OK {
+		check := control.Check{Name: "device:" + c.name, OK: device != "" && !lost}
+		switch {
+		case lost:
+			check.Message = "somebody has deleted the device " + device + ": it is being made again; if that fails, the log says why"
+		case !check.OK:
 			check.Message = "the context has no device: restart mprox"
 		}
 		checks = append(checks, check)

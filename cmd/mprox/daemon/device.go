@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package daemon
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/mutex-proxy/mutex/tun"
+)
+
+// deviceRetry is when a device is tried again that could not be made: its name may be in use meanwhile.
+const deviceRetry = 500 * time.Millisecond
+
+// deviceKeeper makes the contexts' devices again that somebody deletes (`ip link del`). Meanwhile the plan has none: the guard and the unreachable
+// routes stay, and other changes are possible.
+//
+//	the reader ends, or a repair fails ──▶ lost ──▶ a new device under the old netstack ──▶ kernel plan ──▶ as before
+//	                                        ▲                  └── cannot be made ──▶ kernel plan without it ──┐
+//	                                        └──────────────────────────────────────────────────────────────────┘
+type deviceKeeper struct {
+	d    *Daemon
+	bell chan struct{} // one pending stands for all
+	late bool          // the kernel does not know of the last change yet; run's
+}
+
+func newDeviceKeeper(d *Daemon) *deviceKeeper {
+	return &deviceKeeper{d: d, bell: make(chan struct{}, 1)}
+}
+
+// knock has the devices looked at soon.
+func (k *deviceKeeper) knock() {
+	select {
+	case k.bell <- struct{}{}:
+	default:
+	}
+}
+
+// miss is told by policy which device is not there. It may be older news than the device.
+func (k *deviceKeeper) miss(name string) {
+	for _, c := range k.d.live() {
+		c.mu.Lock()
+		dev := c.device
+		c.mu.Unlock()
+		if dev != nil && dev.Name() == name && !present(dev) {
+			c.deviceGone(dev)
+		}
+	}
+}
+
+// present reports whether the device is in the network namespace of the daemon. Another one may have its name.
+func present(dev *tun.Device) bool {
+	ifi, err := net.InterfaceByIndex(dev.Index())
+	return err == nil && ifi.Name == dev.Name()
+}
+
+// run makes again what is lost, until ctx ends.
+func (k *deviceKeeper) run(ctx context.Context) {
+	said := ""
+	for {
+		var retry <-chan time.Time
+		switch err := k.restore(ctx); {
+		case ctx.Err() != nil:
+			return
+		case err == nil:
+			said = ""
+		default:
+			if said != err.Error() {
+				said = err.Error()
+				k.d.log.Warn("a TUN device that was deleted cannot be made again: what its context captures stays closed until it can", zap.Error(err))
+			}
+			retry = time.After(deviceRetry)
+		}
+		select {
+		case <-k.bell:
+		case <-retry:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// restore makes the devices that are lost, and brings the kernel after that.
+func (k *deviceKeeper) restore(ctx context.Context) error {
+	var lost []*liveContext
+	for _, c := range k.d.live() {
+		if _, is := c.deviceState(); is {
+			lost = append(lost, c)
+		}
+	}
+	if len(lost) == 0 && !k.late {
+		return nil
+	}
+	if err := k.d.lockReload(ctx); err != nil {
+		return err
+	}
+	defer k.d.reload.Unlock()
+	var fail error
+	for _, c := range lost {
+		if err := c.replaceDevice(); err != nil && fail == nil {
+			fail = fmt.Errorf("context %s: %w", c.name, err)
+		}
+	}
+	k.late = true
+	if err := k.d.manager.Apply(ctx, k.d.spec()); err != nil {
+		return err
+	}
+	k.late = false
+	return fail
+}
+
+// deviceGone is called when the device does not exist any more.
+func (c *liveContext) deviceGone(dev *tun.Device) {
+	c.mu.Lock()
+	lost := c.device == dev && !c.gone
+	c.lost = c.lost || lost
+	c.mu.Unlock()
+	if lost {
+		c.missed()
+	}
+}
+
+// deviceState is the name of the device, "" if there is none, and whether somebody has deleted it.
+func (c *liveContext) deviceState() (name string, lost bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.device == nil || c.gone {
+		return "", false
+	}
+	return c.device.Name(), c.lost
+}
+
+// replaceDevice makes the device that is lost again and puts it under the netstack: what the context has accepted lives on. The caller holds
+// Daemon.reload.
+func (c *liveContext) replaceDevice() error {
+	name, lost := c.deviceState()
+	if !lost {
+		return nil // the context has ended meanwhile
+	}
+	dev, err := tun.Open(tunConfig(name, c.tun()))
+	if err != nil {
+		return err
+	}
+	if err := c.stack.Replace(dev); err != nil {
+		_ = dev.Close()
+		return err
+	}
+	c.mu.Lock()
+	old := c.device
+	c.device, c.lost = dev, false
+	c.mu.Unlock()
+	_ = old.Close()
+	c.log.Warn("the TUN device was deleted by somebody, and has been made again", zap.String("device", name))
+	return nil
+}
