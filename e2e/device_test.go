@@ -93,7 +93,7 @@ func TestDeviceNameTaken(t *testing.T) {
 	cp := l.Capture(t)
 	defer func() { upstreamOnly(s).Check(t, cp.Packets()) }()
 	stop := func(sig syscall.Signal) {
-		if err := syscall.Kill(m.Proc.PID(), sig); err != nil {
+		if err := syscall.Kill(m.PID(), sig); err != nil {
 			t.Fatal(err)
 		}
 	}

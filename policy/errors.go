@@ -21,7 +21,7 @@ var (
 	ErrClosed = errors.New("policy manager is closed")
 )
 
-// DeviceGoneError: a device that the Spec names does not exist. What is captured stays unreachable.
+// DeviceGoneError says that a device that the Spec names does not exist. What is captured stays unreachable.
 type DeviceGoneError struct {
 	Device string
 	Err    error
