@@ -95,6 +95,13 @@ func TestContextsAtRunTime(t *testing.T) {
 
 	must(t, m, "contexts", "disable", "work")
 	where("disabled: the global one has them", map[int]netip.Addr{4001: two})
+	for name, want := range map[string]string{"work": "mprox contexts enable work", "nobody": "all, default, other, work"} {
+		for _, args := range [][]string{{"run", "--context", name, "--", "true"}, {"leaktest", "--context", name}, {"explain", "tcp", "198.51.100.80:80", "--context", name}} {
+			if r := m.CLI(args...); r.Code == 0 || !strings.Contains(r.Stderr, want) || strings.Count(r.Stderr, "\n") != 1 {
+				t.Errorf("%v: want %q, got %v", args, want, r)
+			}
+		}
+	}
 	must(t, m, "contexts", "rm", "all")
 	must(t, m, "detach", "--context", "other", "--uid", "4003", "--gid", "4003")
 	where("removed, detached", map[int]netip.Addr{0: direct, 4001: direct, 4002: two, 4003: direct, 4009: one})

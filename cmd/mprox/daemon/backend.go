@@ -7,12 +7,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
+	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
+	"github.com/mutex-proxy/mutex/config"
 	"github.com/mutex-proxy/mutex/control"
 	"github.com/mutex-proxy/mutex/control/client"
 	"github.com/mutex-proxy/mutex/dialers"
@@ -260,5 +264,23 @@ func (d *Daemon) named(name string) (*liveContext, error) {
 	if c := d.context(name); c != nil {
 		return c, nil
 	}
-	return nil, &control.Error{Code: client.CodeNotFound, Path: "$.context", Message: fmt.Sprintf("no context is called %q", name)}
+	return nil, d.notAtWork(name)
+}
+
+// notAtWork says why a request cannot have a context: it is disabled, or there is none of that name.
+func (d *Daemon) notAtWork(name string) error {
+	cfg, _ := d.current()
+	if _, there := cfg.Contexts[name]; there {
+		return &control.Error{Code: client.CodeNotFound, Path: "$.context", Message: fmt.Sprintf("context %q is disabled: enable it with: mprox contexts enable %s", name, name)}
+	}
+	return noContext(cfg, name, "$.context")
+}
+
+// noContext refuses a name that no context of the configuration has.
+func noContext(cfg *config.Config, name, path string) error {
+	there := "there is none"
+	if names := slices.Sorted(maps.Keys(cfg.Contexts)); len(names) > 0 {
+		there = "there are: " + strings.Join(names, ", ")
+	}
+	return &control.Error{Code: client.CodeNotFound, Path: path, Message: fmt.Sprintf("no context is called %q; %s", name, there)}
 }

@@ -285,7 +285,7 @@ func (b backend) exists(cfg *config.Config, name string) error {
 	if c := b.context(name); c != nil && c.lease {
 		return &control.Error{Code: client.CodeConflict, Message: fmt.Sprintf("%q belongs to a lease and ends with it", name)}
 	}
-	return &control.Error{Code: client.CodeNotFound, Message: fmt.Sprintf("no context is called %q", name)}
+	return noContext(cfg, name, "")
 }
 
 // wants is the mode that a context has when it is switched on.

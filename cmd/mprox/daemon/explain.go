@@ -3,13 +3,11 @@
 package daemon
 
 import (
-	"fmt"
 	"maps"
 	"slices"
 
 	"github.com/mutex-proxy/mutex/config"
 	"github.com/mutex-proxy/mutex/control"
-	"github.com/mutex-proxy/mutex/control/client"
 	"github.com/mutex-proxy/mutex/dialers"
 )
 
@@ -23,7 +21,7 @@ func Explain(cfg *config.Config, r control.ExplainRequest) (control.Explanation,
 		}
 	}
 	if _, ok := cfg.Contexts[name]; !ok {
-		return control.Explanation{}, &control.Error{Code: client.CodeNotFound, Path: "$.context", Message: fmt.Sprintf("no context is called %q", name)}
+		return control.Explanation{}, noContext(cfg, name, "$.context")
 	}
 	ups, err := buildUpstreams(cfg, dialers.NewNet(dialers.NetConfig{}), nil)
 	if err != nil {

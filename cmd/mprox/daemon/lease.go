@@ -106,7 +106,7 @@ func (l *Lease) join(ctx context.Context, name string, owner control.Peer) (err 
 	l.joined = true
 	l.c = l.d.context(name)
 	if l.c == nil {
-		return &control.Error{Code: client.CodeNotFound, Path: "$.context", Message: fmt.Sprintf("no context is called %q", name)}
+		return l.d.notAtWork(name)
 	}
 	if l.cgroup, err = l.d.manager.NewCgroup(ctx, fmt.Sprintf("%s-%d-%d", name, owner.PID, l.d.ids.Add(1)), l.c.slot); err != nil {
 		return err
