@@ -91,7 +91,7 @@ func leaktest(ctx context.Context, g *globals, name string) (r leakReport, err e
 	if alive && name == "" && !global {
 		return r, usageError("no context captures the whole host: name one with --context")
 	}
-	opt := leak.Options{Mask: policy.DefaultMask, Packet: alive && name == ""}
+	opt := leak.Options{Mask: policy.DefaultMask, NoPacket: noPacket(alive, global)}
 	if f, err := host.Features(); err == nil && alive && name == "" {
 		opt.OwnMark = !f.Cgroup2 || !f.NFTSocket
 	}
@@ -99,7 +99,7 @@ func leaktest(ctx context.Context, g *globals, name string) (r leakReport, err e
 	if err != nil {
 		return r, err
 	}
-	if opt.Packet {
+	if opt.NoPacket == "" {
 		opt.Ready = func(ctx context.Context) { awaitGuard(ctx, host, before) }
 	}
 	if r.Ways, err = leak.Run(ctx, opt); err != nil {
@@ -111,6 +111,18 @@ func leaktest(ctx context.Context, g *globals, name string) (r leakReport, err e
 		}
 	}
 	return r, nil
+}
+
+// noPacket says why packet sockets are not tried. What they send belongs to no cgroup, so that only a global context is guarded against it; and it is
+// guarded device by device.
+func noPacket(alive, global bool) string {
+	switch {
+	case !alive:
+		return "no daemon that could guard a new device"
+	case !global:
+		return "packet sockets are guarded only while a context captures the whole host"
+	}
+	return ""
 }
 
 // guardTable begins the names of the daemon's nftables.

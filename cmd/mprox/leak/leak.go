@@ -46,8 +46,8 @@ type Result struct {
 // Options say what is tried.
 type Options struct {
 	Mask uint32 // of marks; the values of bypass and inbound are those of package policy
-	// Packet says whether AF_PACKET can be tried: the guard must have had the chance to learn of the device.
-	Packet bool
+	// NoPacket says why AF_PACKET is not tried: nobody can be expected to guard the device against it. "" = it is tried.
+	NoPacket string
 	// OwnMark says that the bypass mark counts for this process too: without a writable cgroup v2 (containers) it counts for the daemon's user.
 	OwnMark bool
 	// Ready is called when the device is there, before anything is tried, so that a living daemon can follow. May be nil.

@@ -99,8 +99,8 @@ func ways(dev string, opt Options, v6 bool) []way {
 		add("fragmented UDP, SO_BINDTODEVICE", unix.IPPROTO_UDP, func(port uint16) error { return send(dst, unix.SOCK_DGRAM, 0, port, make([]byte, 4000), bound(dev)) })
 		add("DNS over UDP, SO_BINDTODEVICE", unix.IPPROTO_UDP, func(uint16) error { return send(dst, unix.SOCK_DGRAM, 0, 53, query(), bound(dev)) })
 		add("DNS over TCP, SO_BINDTODEVICE", unix.IPPROTO_TCP, func(uint16) error { return send(dst, unix.SOCK_STREAM, 0, 53, nil, bound(dev)) })
-		if !opt.Packet {
-			skip = "no daemon that could guard a new device"
+		if opt.NoPacket != "" {
+			skip = opt.NoPacket
 		}
 		add("AF_PACKET", unix.IPPROTO_UDP, func(port uint16) error { return packet(dev, dst, port) })
 	}
