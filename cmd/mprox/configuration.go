@@ -17,7 +17,6 @@ import (
 	"github.com/mutex-proxy/mutex/cmd/mprox/daemon"
 	"github.com/mutex-proxy/mutex/config"
 	"github.com/mutex-proxy/mutex/control/client"
-	"github.com/mutex-proxy/mutex/flow"
 )
 
 func newReloadCommand(g *globals) *cobra.Command {
@@ -50,19 +49,15 @@ func newCheckCommand(g *globals) *cobra.Command {
 		Use:   "check [FILE]",
 		Short: "Find everything that is wrong with a configuration",
 		Long: `Reads a configuration as "up" would, and reports all errors at once: file, line, column, JSON path, and what was probably meant. It touches
-nothing and needs no daemon. Exit code 3 means that there are errors. What is valid and not supported yet is a warning here, and "up" refuses
-it: ignoring it could let traffic go where it should not.`,
+nothing and needs no daemon. Exit code 3 means that there are errors. What "up" refuses because it is not supported yet is an error here too:
+ignoring it could let traffic go where it should not.`,
 		Example: examples("mprox check", "mprox check ./candidate.json", "mprox check --env prod -o json"),
 		Args:    cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			path := g.fileOf(args)
-			var later []*config.Error
-			cfg, err := config.Load(path, env, func(c *config.Config) (now []*config.Error) {
-				now, later = implemented(daemon.Check(c))
-				return now
-			})
+			cfg, err := config.Load(path, env, daemon.Check)
 			if err == nil {
-				for _, w := range append(cfg.Warnings(), later...) {
+				for _, w := range cfg.Warnings() {
 					fmt.Fprintln(cmd.ErrOrStderr(), "warning:", printable(w.Error()))
 				}
 			}
@@ -87,18 +82,6 @@ it: ignoring it could let traffic go where it should not.`,
 	}
 	cmd.Flags().StringVar(&env, "env", "", "merge config.`NAME`.json over the configuration")
 	return cmd
-}
-
-// implemented takes out what is right and not supported yet.
-func implemented(errs []*config.Error) (now, later []*config.Error) {
-	for _, e := range errs {
-		if errors.Is(e, flow.ErrNotSupported) {
-			later = append(later, e)
-		} else {
-			now = append(now, e)
-		}
-	}
-	return now, later
 }
 
 // findings returns the parts of a configuration error; an error of another kind is returned as it is.
