@@ -290,4 +290,14 @@ func TestAttachDevice(t *testing.T) {
 			t.Errorf("%s: by %s, since %q", tt.context, got[0].Path, got[0].PathReason)
 		}
 	}
+	for range 2 {
+		inside.run(t, "ip", "link", "del", "mprox-c")
+		lab.Eventually(t, lab.Patience, "the deleted device is back", func() bool {
+			r := lab.Exec(t, exec.Command("nsenter", "--net", "-t", fmt.Sprint(inside.pid), "curl", "-sS", "-m", "1", originURL(false, "/")))
+			return r.Code == 0 && fromProxy(r.Stdout) && m.CLI("healthcheck").Code == 0
+		})
+	}
+	if n := strings.Count(m.Log.String(), "was deleted by somebody"); n != 2 {
+		t.Errorf("logged %d times, want 2", n)
+	}
 }

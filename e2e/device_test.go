@@ -30,8 +30,13 @@ func TestDeviceDeleted(t *testing.T) {
 				pairs = append(pairs, [2]net.Conn{app, far})
 			}
 			whole := noIndexes(w.Snapshot(t))
-			for range 3 {
-				w.Client.Run(t, "ip", "link", "del", "mprox0")
+			lose := [][]string{
+				{"ip", "link", "del", "mprox0"},
+				{"ip", "link", "set", "mprox0", "name", "other0"}, // its reader does not notice
+				{"ip", "link", "del", "mprox0"},
+			}
+			for _, args := range lose {
+				w.Client.Run(t, args...)
 				began := time.Now()
 				if !lab.Poll(lab.Patience, func() bool { return w.m.CLI("healthcheck").Code == 0 && proxiedNow(w.Lab) }) {
 					t.Fatalf("the device is not put back: %v", w.m.CLI("healthcheck"))

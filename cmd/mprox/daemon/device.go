@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"net"
+	"slices"
 	"time"
 
 	"go.uber.org/zap"
@@ -15,6 +16,8 @@ import (
 
 // deviceRetry is when a device is tried again that could not be made: its name may be in use meanwhile.
 const deviceRetry = 500 * time.Millisecond
+
+const madeAgain = "the TUN device was deleted by somebody, and has been made again"
 
 // deviceKeeper makes the contexts' devices again that somebody deletes (`ip link del`). Meanwhile the plan has none: the guard and the unreachable
 // routes stay, and other changes are possible.
@@ -87,19 +90,24 @@ func (k *deviceKeeper) run(ctx context.Context) {
 // restore makes the devices that are lost, and brings the kernel after that.
 func (k *deviceKeeper) restore(ctx context.Context) error {
 	var lost []*liveContext
+	var fail error
 	for _, c := range k.d.live() {
+		for _, s := range c.seatedNow() {
+			if err := s.restore(ctx); err != nil && fail == nil {
+				fail = fmt.Errorf("context %s: container %s: %w", c.name, s.name, err)
+			}
+		}
 		if _, is := c.deviceState(); is {
 			lost = append(lost, c)
 		}
 	}
 	if len(lost) == 0 && !k.late {
-		return nil
+		return fail
 	}
 	if err := k.d.lockReload(ctx); err != nil {
 		return err
 	}
 	defer k.d.reload.Unlock()
-	var fail error
 	for _, c := range lost {
 		if err := c.replaceDevice(); err != nil && fail == nil {
 			fail = fmt.Errorf("context %s: %w", c.name, err)
@@ -122,6 +130,26 @@ func (c *liveContext) deviceGone(dev *tun.Device) {
 	if lost {
 		c.missed()
 	}
+}
+
+// seatedNow are the seats of the context at the moment.
+func (c *liveContext) seatedNow() []*seat {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return slices.Clone(c.seats)
+}
+
+// lostDevice is the name of a device of the context, also in a container, that somebody has deleted.
+func (c *liveContext) lostDevice() (name string, lost bool) {
+	if name, lost = c.deviceState(); lost {
+		return name, true
+	}
+	for _, s := range c.seatedNow() {
+		if name, lost = s.lostDevice(); lost {
+			return name + " in container " + s.name, true
+		}
+	}
+	return "", false
 }
 
 // deviceState is the name of the device, "" if there is none, and whether somebody has deleted it.
@@ -154,6 +182,6 @@ func (c *liveContext) replaceDevice() error {
 	c.device, c.lost = dev, false
 	c.mu.Unlock()
 	_ = old.Close()
-	c.log.Warn("the TUN device was deleted by somebody, and has been made again", zap.String("device", name))
+	c.log.Warn(madeAgain, zap.String("device", name))
 	return nil
 }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 	"sync/atomic"
 
 	"go.uber.org/zap"
@@ -33,10 +34,15 @@ type seat struct {
 	owners  *policy.Owners
 	handler *flow.Handler
 	near    *dns.Server // asks Docker's resolver in the container; nil = there is none
-	device  *tun.Device
 	stack   *stack.Stack
 	dns     listeners
 	opened  atomic.Bool // all of open has been done
+
+	mu     sync.Mutex // guards what follows
+	device *tun.Device
+	lost   bool // somebody has deleted the device: deviceKeeper makes it again
+	late   bool // the kernel plan does not know of the device's last change yet
+	closed bool
 }
 
 // open goes from the inside out: first there is somebody to take the packets, then they are led to him. At the daemon's start everything is closed before;
@@ -49,23 +55,23 @@ func (s *seat) open(ctx context.Context) error {
 	if err := tun.Available(); err != nil {
 		return err
 	}
-	s.manager = policy.NewManager(policy.Config{Host: s.host, Log: s.log, Daemon: &daemon, Open: true})
+	s.manager = policy.NewManager(policy.Config{Host: s.host, Log: s.log, Daemon: &daemon, Open: true, Gone: func(string) { s.deviceGone(nil) }})
 	if s.owners, err = policy.NewOwners(s.host.LinuxHost); err != nil {
 		return err
 	}
-	err = s.host.Inside(func() (err error) {
-		s.device, err = tun.Open(tunConfig(s.c.deviceName(), s.c.tun()))
-		return err
-	})
+	dev, err := s.openDevice(s.c.deviceName())
 	if err != nil {
 		return err
 	}
+	s.mu.Lock()
+	s.device = dev
+	s.mu.Unlock()
 	if err := s.listen(ctx); err != nil {
 		return fmt.Errorf("dns listener: %w", err)
 	}
 	s.handler = s.c.newHandler(owner{s.owners, s.d.metrics})
 	s.c.seated(s)
-	if s.stack, err = stack.New(stack.Config{Device: s.device, Handler: s.handler, Log: s.log}); err != nil {
+	if s.stack, err = stack.New(stack.Config{Device: dev, Handler: s.handler, Gone: s.deviceGone, Log: s.log}); err != nil {
 		return fmt.Errorf("netstack: %w", err)
 	}
 	if err := s.stack.Start(); err != nil {
@@ -83,6 +89,87 @@ func (s *seat) open(ctx context.Context) error {
 		}
 	}
 	s.opened.Store(true)
+	s.c.missed() // a device that was deleted meanwhile
+	return nil
+}
+
+// openDevice makes the device in the container's namespace. It is there until it is closed.
+func (s *seat) openDevice(name string) (dev *tun.Device, err error) {
+	err = s.host.Inside(func() (err error) {
+		dev, err = tun.Open(tunConfig(name, s.c.tun()))
+		return err
+	})
+	return dev, err
+}
+
+// deviceGone is called when the device does not exist any more. nil = that of the plan; it may be older news than the device.
+func (s *seat) deviceGone(dev *tun.Device) {
+	s.mu.Lock()
+	current := s.device
+	if dev == nil && current != nil {
+		_ = s.host.Inside(func() error { // what cannot be looked at is left to the reader
+			if !present(current) {
+				dev = current
+			}
+			return nil
+		})
+	}
+	lost := dev != nil && current == dev && !s.closed
+	s.lost = s.lost || lost
+	s.mu.Unlock()
+	if lost {
+		s.c.missed()
+	}
+}
+
+// lostDevice is the name of the device that somebody has deleted.
+func (s *seat) lostDevice() (name string, lost bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.lost || s.closed {
+		return "", false
+	}
+	return s.device.Name(), true
+}
+
+// restore makes the device that is lost again and puts it under the netstack, then brings the kernel after that.
+func (s *seat) restore(ctx context.Context) error {
+	err := s.replaceDevice()
+	s.mu.Lock()
+	late := s.late && !s.closed
+	s.mu.Unlock()
+	if !late {
+		return err
+	}
+	if aerr := s.apply(ctx); aerr != nil && !errors.Is(aerr, policy.ErrClosed) {
+		return aerr
+	}
+	s.mu.Lock()
+	s.late = false
+	s.mu.Unlock()
+	return err
+}
+
+// replaceDevice keeps close from taking the old device for the last one.
+func (s *seat) replaceDevice() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.lost || s.closed || !s.opened.Load() {
+		return nil
+	}
+	s.late = true
+	name := s.device.Name()
+	dev, err := s.openDevice(name)
+	if err != nil {
+		return err
+	}
+	if err := s.stack.Replace(dev); err != nil {
+		_ = dev.Close()
+		return err
+	}
+	_ = s.device.Close()
+	s.device, s.lost = dev, false
+	s.log.Warn(madeAgain, zap.String("device", name))
 	return nil
 }
 
@@ -109,7 +196,9 @@ func (s *seat) spec() policy.Spec {
 	c := s.c.spec()
 	c.Mode, c.TUN, c.DNSPort4, c.DNSPort6 = policy.ModeGlobal, "", s.dns.ports[0], s.dns.ports[1]
 	c.Cgroups, c.Select, c.Exclude, c.Offload, c.Strict = nil, nil, nil, false, false
-	if s.device != nil {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.device != nil && !s.lost {
 		c.TUN = s.device.Name()
 	}
 	k := s.d.opt.Config.Kernel
@@ -128,6 +217,10 @@ func (s *seat) apply(ctx context.Context) error {
 func (s *seat) close(mode policy.StopMode) error {
 	ctx, cancel := context.WithTimeout(context.Background(), stopTimeout)
 	defer cancel()
+	s.mu.Lock()
+	s.closed = true // from here on the device is not made again
+	dev := s.device
+	s.mu.Unlock()
 	s.c.unseated(s)
 	var errs []error
 	if s.handler != nil {
@@ -145,8 +238,8 @@ func (s *seat) close(mode policy.StopMode) error {
 	if s.near != nil {
 		errs = append(errs, s.near.Close())
 	}
-	if s.device != nil {
-		_ = s.device.Close()
+	if dev != nil {
+		_ = dev.Close()
 	}
 	if s.owners != nil {
 		errs = append(errs, s.owners.Close())

@@ -123,14 +123,15 @@ func (b backend) Health(context.Context) []control.Check {
 	}
 	checks := []control.Check{guard}
 	for _, c := range b.live() {
-		device, lost := c.deviceState()
-		if c.lease && device == "" && !lost {
+		device, _ := c.deviceState()
+		if c.lease && device == "" {
 			continue // ended, and waiting for its last process
 		}
+		gone, lost := c.lostDevice()
 		check := control.Check{Name: "device:" + c.name, OK: device != "" && !lost}
 		switch {
 		case lost:
-			check.Message = "somebody has deleted the device " + device + ": it is being made again; if that fails, the log says why"
+			check.Message = "somebody has deleted the device " + gone + ": it is being made again; if that fails, the log says why"
 		case !check.OK:
 			check.Message = "the context has no device: restart mprox"
 		}
