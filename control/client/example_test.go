@@ -362,6 +362,45 @@ func ExampleClient_Shutdown() {
 	// true
 }
 
+func ExampleClient_Alive() {
+	_, socket, stop := daemon()
+	defer stop()
+	ctx, cancel := within()
+	defer cancel()
+
+	c := client.New(socket)
+	defer c.Close()
+	fmt.Println(c.Alive(ctx))
+	// Output: <nil>
+}
+
+func ExampleClient_PID() {
+	_, socket, stop := daemon()
+	defer stop()
+	ctx, cancel := within()
+	defer cancel()
+
+	c := client.New(socket)
+	defer c.Close()
+	pid, err := c.PID(ctx)
+	fmt.Println(pid == os.Getpid(), err)
+	// Output: true <nil>
+}
+
+func ExampleClient_Kill() {
+	_, socket, stop := daemon()
+	defer stop()
+	ctx, cancel := within()
+	defer cancel()
+
+	c := client.New(socket)
+	defer c.Close()
+	if err := c.Alive(ctx); errors.Is(err, client.ErrSilent) {
+		fmt.Println(c.Kill(ctx, 2*time.Second))
+	}
+	// Output:
+}
+
 func ExampleClient_OpenAPI() {
 	_, socket, stop := daemon()
 	defer stop()

@@ -53,24 +53,47 @@ func (c *Client) process(ctx context.Context) (*os.File, error) {
 		return nil, err
 	}
 	defer conn.Close()
-	raw, err := conn.(*net.UnixConn).SyscallConn()
+	pid, err := listenerOf(conn)
 	if err != nil {
 		return nil, err
 	}
-	var cred *unix.Ucred
-	var credErr error
-	if err := raw.Control(func(fd uintptr) { cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); err != nil {
-		return nil, err
-	}
-	if credErr != nil || cred.Pid == 0 || int(cred.Pid) == os.Getpid() {
+	if pid == 0 || pid == os.Getpid() {
 		return nil, nil
 	}
 	// Nonblocking, so that the runtime's poller can wait for it with a deadline.
-	fd, err := unix.PidfdOpen(int(cred.Pid), unix.PIDFD_NONBLOCK)
+	fd, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK)
 	if err != nil {
 		return nil, nil
 	}
 	return os.NewFile(uintptr(fd), "pidfd"), nil
+}
+
+// listenerOf returns the process at the other end, which began to listen (unix(7): SO_PEERCRED): 0 if it cannot be seen.
+func listenerOf(conn net.Conn) (int, error) {
+	raw, err := conn.(*net.UnixConn).SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var cred *unix.Ucred
+	var credErr error
+	if err := raw.Control(func(fd uintptr) { cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); err != nil {
+		return 0, err
+	}
+	if credErr != nil {
+		return 0, nil
+	}
+	return int(cred.Pid), nil
+}
+
+// waitExited is exited for a part of ctx's time.
+func waitExited(ctx context.Context, process *os.File, patience time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	// The deadline of an earlier wait is over.
+	if err := process.SetReadDeadline(time.Time{}); err != nil {
+		return err
+	}
+	return exited(ctx, process)
 }
 
 // exited waits until the process of the pidfd has ended.
