@@ -27,22 +27,14 @@ func newDownCommand(g *globals) *cobra.Command {
 		Use:   "down",
 		Short: "Stop the daemon and undo everything",
 		Long: `Stops the daemon and returns when it has undone what it had changed on this machine, save what on_stop: block keeps. Where no daemon runs it
-removes whatever a crash has left behind, as "mprox cleanup" does. With --keep-closed everything captured stays blocked until the next "mprox up":
-for an upgrade.`,
+removes whatever a crash has left behind, as "mprox cleanup" does. A daemon that hangs, and so gives no sign of life for 5 seconds, is killed, and
+cleaned up after in the same way; one that answers and takes long to stop is not. With --keep-closed everything captured stays blocked until the
+next "mprox up", for an upgrade, and nothing is killed.
+
+A service manager may start a killed daemon again: stop the service there.`,
 		Example: examples("sudo mprox down", "sudo mprox down --keep-closed && install mprox /usr/local/bin/ && sudo mprox up"),
 		Args:    cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			err := g.ask(cmd, changeTimeout, func(ctx context.Context, c *client.Client) error {
-				if closed {
-					return c.ShutdownClosed(ctx)
-				}
-				return c.Shutdown(ctx)
-			})
-			if closed || !errors.Is(err, client.ErrUnreachable) {
-				return err
-			}
-			return cleanupAll(cmd, g)
-		},
+		RunE:    func(cmd *cobra.Command, _ []string) error { return takeDown(cmd, g, closed) },
 	}
 	cmd.Flags().BoolVar(&closed, "keep-closed", false, "leave what is captured blocked, whatever on_stop says")
 	return cmd

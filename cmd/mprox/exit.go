@@ -104,6 +104,11 @@ func nextStep(cmd *cobra.Command, err error, code int, usage bool) string {
 	switch {
 	case usage, code == exitUsage:
 		return fmt.Sprintf("see %s --help", cmd.CommandPath())
+	case errors.Is(err, client.ErrSilent):
+		if cmd.Name() == "down" {
+			return "" // it says itself why it could not help
+		}
+		return `kill it, and undo what it has changed, with "mprox down"`
 	case code == exitUnreachable && errors.Is(err, os.ErrPermission):
 		return "run it as root"
 	case code == exitUnreachable:

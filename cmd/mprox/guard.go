@@ -130,6 +130,9 @@ func newGuardOffCommand(g *globals) *cobra.Command {
 					return err
 				}
 				if r.Skipped != "" {
+					if err := silentHolder(cmd.Context(), in.Socket); err != nil {
+						return err
+					}
 					return fmt.Errorf("%w: %s", policy.ErrConflict, r.Skipped)
 				}
 				printReport(cmd.OutOrStdout(), in, r)

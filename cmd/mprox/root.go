@@ -193,7 +193,7 @@ func (g *globals) socketOf(cfg *config.Config) string {
 	return cfg.Control.Socket
 }
 
-// ask calls the daemon, with a bound on the time it may take.
+// ask calls the daemon, with a bound on the time it may take, and a shorter one if it shows no sign of life.
 func (g *globals) ask(cmd *cobra.Command, limit time.Duration, call func(context.Context, *client.Client) error) error {
 	socket, err := g.instance()
 	if err != nil {
@@ -203,7 +203,7 @@ func (g *globals) ask(cmd *cobra.Command, limit time.Duration, call func(context
 	defer c.Close()
 	ctx, cancel := context.WithTimeout(cmd.Context(), limit)
 	defer cancel()
-	return call(ctx, c)
+	return attended(ctx, c, call)
 }
 
 // watch calls the daemon until Ctrl-C, which ends ctx.
@@ -216,7 +216,7 @@ func (g *globals) watch(cmd *cobra.Command, call func(ctx context.Context, c *cl
 	defer stop()
 	c := client.New(socket)
 	defer c.Close()
-	return call(ctx, c)
+	return attended(ctx, c, call)
 }
 
 // examples indents the lines of an Example as cobra expects them.

@@ -73,7 +73,11 @@ func run(ctx context.Context, g *globals, r client.LeaseRequest, argv []string) 
 	if user {
 		r.PID = os.Getpid() // who is not root cannot start anything in another cgroup: the daemon moves us there, and COMMAND inherits it
 	}
-	lease, err := c.Lease(ctx, r)
+	var lease *client.HeldLease
+	err := attended(ctx, c, func(ctx context.Context, c *client.Client) (err error) {
+		lease, err = c.Lease(ctx, r)
+		return err
+	})
 	switch {
 	case err == nil:
 		defer func() { _ = lease.Close() }() // the daemon ends it with the connection, whatever Close says
@@ -86,7 +90,7 @@ func run(ctx context.Context, g *globals, r client.LeaseRequest, argv []string) 
 		}
 		defer dir.Close()
 		return runIn(argv, int(dir.Fd()))
-	case !errors.Is(err, client.ErrUnreachable):
+	case !errors.Is(err, client.ErrUnreachable), errors.Is(err, client.ErrSilent):
 		return 0, exitRunFailed, err
 	case r.Context != "":
 		return 0, exitRunFailed, fmt.Errorf("context %s: %w", r.Context, err)
