@@ -21,6 +21,8 @@ type ProcessFacts struct {
 	Group    int
 	Session  int
 	Exes     []string // as Exe, of Lineage; "" where it may not be read
+	// NoUID and NoGID are of a process that is only imagined: nobody has said what the ids are, and no selector that asks for one matches.
+	NoUID, NoGID bool
 }
 
 // Verdict is what one context says about a process.
@@ -54,6 +56,38 @@ func (m *Manager) Whose(_ context.Context, pid int) (Capture, error) {
 		return Capture{}, err
 	}
 	return whose(m.spec, p, found, m.base.Excluded.Cgroups, m.base.Daemon.Cgroup), nil
+}
+
+// WhoseImagined is Whose for a process that need not exist: what is not known of it, no selector matches.
+func (m *Manager) WhoseImagined(p ProcessFacts) (Capture, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closed || !m.prepared {
+		return Capture{}, ErrClosed
+	}
+	return whose(m.spec, p, m.spec.imaginedCgroups(p.Cgroup), m.base.Excluded.Cgroups, m.base.Daemon.Cgroup), nil
+}
+
+// WhoseImagined is Manager.WhoseImagined for contexts that need not be in force. Of the spec only their names, modes and selectors count.
+func WhoseImagined(s Spec, p ProcessFacts) Capture {
+	return whose(s, p, s.imaginedCgroups(p.Cgroup), nil, nil)
+}
+
+// imaginedCgroups is what Host.FindCgroups would find of what the selectors name, if there were this cgroup and no other.
+func (s Spec) imaginedCgroups(cgroup string) map[string][]CgroupRef {
+	found := map[string][]CgroupRef{}
+	for _, n := range s.cgroupNames() {
+		if strings.HasPrefix(n, "/") {
+			found[n] = []CgroupRef{{Path: path.Clean(n)}}
+			continue
+		}
+		for at := cgroup; at != "" && at != "/" && at != "."; at = path.Dir(at) {
+			if ok, err := path.Match(unitName(n), path.Base(at)); ok && err == nil {
+				found[n] = append(found[n], CgroupRef{Path: at})
+			}
+		}
+	}
+	return found
 }
 
 // whose is Whose without the world. The order is that of the guard's output chain: who is left alone; cgroups made for leases; selectors, by
@@ -184,8 +218,15 @@ func (s Selector) matches(p ProcessFacts, found map[string][]CgroupRef) (bool, s
 	})
 	cg, inCgroup := in(s.Cgroups)
 	unit, inUnit := in(s.Units)
-	ok := check(len(s.UIDs) > 0, slices.Contains(s.UIDs, p.UID), fmt.Sprintf("uid %d", p.UID), fmt.Sprintf("uid %d is not selected", p.UID)) &&
-		check(len(s.GIDs) > 0, slices.Contains(s.GIDs, p.GID), fmt.Sprintf("gid %d", p.GID), fmt.Sprintf("gid %d is not selected", p.GID)) &&
+	noUID, noGID := fmt.Sprintf("uid %d is not selected", p.UID), fmt.Sprintf("gid %d is not selected", p.GID)
+	if p.NoUID {
+		noUID = "it depends on the uid, which is not given"
+	}
+	if p.NoGID {
+		noGID = "it depends on the gid, which is not given"
+	}
+	ok := check(len(s.UIDs) > 0, !p.NoUID && slices.Contains(s.UIDs, p.UID), fmt.Sprintf("uid %d", p.UID), noUID) &&
+		check(len(s.GIDs) > 0, !p.NoGID && slices.Contains(s.GIDs, p.GID), fmt.Sprintf("gid %d", p.GID), noGID) &&
 		check(len(s.PIDs) > 0, pid >= 0, fmt.Sprintf("pid %v or a descendant", s.PIDs), fmt.Sprintf("not pid %v nor a descendant", s.PIDs)) &&
 		check(len(s.Exes) > 0, s.runs(p), fmt.Sprintf("exe %s", p.Exe), fmt.Sprintf("exe %s is none of %s, nor is that of a parent", p.Exe, strings.Join(s.Exes, ", "))) &&
 		check(len(s.Cgroups) > 0, inCgroup, "cgroup "+cg, fmt.Sprintf("cgroup %s is not below %s", p.Cgroup, strings.Join(s.Cgroups, ", "))) &&

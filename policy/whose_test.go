@@ -38,6 +38,30 @@ func TestWhose(t *testing.T) {
 	}
 }
 
+// TestWhoseImagined describes processes that need not exist: what is not said of one, no selector matches.
+func TestWhoseImagined(t *testing.T) {
+	spec := Spec{Contexts: []ContextSpec{
+		{Name: "a", Mode: ModeProcess, Select: []Selector{{UIDs: []uint32{0}}, {Units: []string{"web"}}}},
+		{Name: "b", Mode: ModeProcess, Select: []Selector{{GIDs: []uint32{0}, Exes: []string{"/usr/bin/*"}}, {Cgroups: []string{"/x/"}}}},
+	}}
+	for name, tt := range map[string]struct {
+		p    ProcessFacts
+		want string
+	}{
+		"nothing is said": {ProcessFacts{NoUID: true, NoGID: true}, ""},
+		"root":            {ProcessFacts{NoGID: true}, "a"},
+		"exe, no gid":     {ProcessFacts{NoUID: true, NoGID: true, Exe: "/usr/bin/curl"}, ""},
+		"exe and gid":     {ProcessFacts{NoUID: true, Exe: "/usr/bin/curl"}, "b"},
+		"unit":            {ProcessFacts{NoUID: true, NoGID: true, Cgroup: "/system.slice/web.service/sub"}, "a"},
+		"cgroup":          {ProcessFacts{NoUID: true, NoGID: true, Cgroup: "/x/y"}, "b"},
+		"another cgroup":  {ProcessFacts{NoUID: true, NoGID: true, Cgroup: "/xy"}, ""},
+	} {
+		if got := WhoseImagined(spec, tt.p); got.Context != tt.want || got.Reason == "" {
+			t.Errorf("%s: %q (%s), want %q; %+v", name, got.Context, got.Reason, tt.want, got.Verdicts)
+		}
+	}
+}
+
 func TestExistingMeant(t *testing.T) {
 	ap := netip.MustParseAddrPort
 	e := Existing{
