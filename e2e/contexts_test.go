@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -92,6 +93,11 @@ func TestContextsAtRunTime(t *testing.T) {
 	if out := must(t, m, "explain", "tcp", "198.51.100.80:80", "--pid", pid); !strings.Contains(out, "goes to p") || !strings.Contains(out, "context work") {
 		t.Errorf("explain --pid: %s", out)
 	}
+	for flags, want := range map[string]string{"--uid 4001": "work", "--uid 4002": "other", "--uid 4003 --gid 4003": "other", "--uid 4003": "all", "": "all"} {
+		if out := must(t, m, append([]string{"explain", "tcp", "198.51.100.80:80"}, strings.Fields(flags)...)...); !regexp.MustCompile(`(?m)^context ` + want + ` .* yes `).MatchString(out) {
+			t.Errorf("explain %s: %s", flags, out)
+		}
+	}
 
 	must(t, m, "contexts", "disable", "work")
 	where("disabled: the global one has them", map[int]netip.Addr{4001: two})
@@ -105,6 +111,9 @@ func TestContextsAtRunTime(t *testing.T) {
 	must(t, m, "contexts", "rm", "all")
 	must(t, m, "detach", "--context", "other", "--uid", "4003", "--gid", "4003")
 	where("removed, detached", map[int]netip.Addr{0: direct, 4001: direct, 4002: two, 4003: direct, 4009: one})
+	if out := must(t, m, "explain", "tcp", "198.51.100.80:80", "--uid", "4001"); !strings.Contains(out, "goes directly: not captured") {
+		t.Errorf("explain of nobody's: %s", out)
+	}
 	must(t, m, "contexts", "enable", "work")
 	where("enabled again", map[int]netip.Addr{4001: one})
 

@@ -139,6 +139,53 @@ func TestExplainACandidate(t *testing.T) {
 	}
 }
 
+// TestExplainChoosesTheContext describes processes to a configuration with several contexts: it is the one that would capture them.
+func TestExplainChoosesTheContext(t *testing.T) {
+	const upstreams = `"upstreams": { "p": { "url": "socks5://192.0.2.1" }, "q": { "url": "socks5://192.0.2.2" } }`
+	global := writeFile(t, filepath.Join(t.TempDir(), "g.json"), `{ `+upstreams+`, "contexts": {
+		"all": { "mode": "global", "default": "p", "exclude": { "uid": 7 } },
+		"work": { "mode": "process", "default": "q", "select": [ { "uid": 65534 }, { "exe": "/usr/bin/curl" }, { "cgroup": "/x.slice" } ] } } }`)
+	named := writeFile(t, filepath.Join(t.TempDir(), "d.json"), `{ `+upstreams+`, "contexts": {
+		"default": { "mode": "process", "default": "p", "select": { "uid": 1 } },
+		"work": { "mode": "process", "default": "q", "select": { "uid": 65534 } } } }`)
+	for _, tt := range []struct{ file, flags, want string }{
+		{global, "", "p default; all"},
+		{global, "--uid 65534", "q default; work"},
+		{global, "--uid 0", "p default; all"},
+		{global, "--gid 65534", "p default; all"},
+		{global, "--exe /usr/bin/curl", "q default; work"},
+		{global, "--cgroup /x.slice/y", "q default; work"},
+		{global, "--uid 7", "direct not captured; "},
+		{global, "--uid 65534 --context all", "p default; "},
+		{named, "", "p default; default"},
+		{named, "--uid 65534", "q default; work"},
+		{named, "--uid 2", "direct not captured; "},
+	} {
+		var got struct {
+			Upstream, Rule string
+			Conditions     []struct {
+				Rule   string
+				Result bool
+			}
+		}
+		r := mprox(t, append([]string{"explain", "tcp", "192.0.2.9:443", "-c", tt.file, "-o", "json"}, strings.Fields(tt.flags)...)...)
+		err := json.Unmarshal([]byte(r.stdout), &got)
+		captor := ""
+		for _, c := range got.Conditions {
+			if name, ok := strings.CutPrefix(c.Rule, "context "); ok && c.Result {
+				captor = name
+				break
+			}
+		}
+		if is := fmt.Sprintf("%s %s; %s", got.Upstream, got.Rule, captor); err != nil || is != tt.want {
+			t.Errorf("%s: %s, want %s: %+v", tt.flags, is, tt.want, r)
+		}
+	}
+	if r := mprox(t, "explain", "tcp", "192.0.2.9:443", "-c", named, "--uid", "2"); !strings.Contains(r.stdout, "goes directly: not captured\n") {
+		t.Errorf("got %+v", r)
+	}
+}
+
 func TestFmt(t *testing.T) {
 	dir := t.TempDir()
 	path := writeFile(t, filepath.Join(dir, "c.json"), good)

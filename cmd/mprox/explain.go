@@ -23,8 +23,11 @@ func newExplainCommand(g *globals) *cobra.Command {
 		Long: `Tries the rules on a flow that need not exist, and prints each condition with the reason why it did or did not match, the upstream, the
 member of the pool that would be tried first, and the way through the kernel.
 
+Without --context it is the context that would capture the process given by --pid, or described by --uid, --gid, --exe and --cgroup: those with
+selectors first, by name, then the global one; what is not given, no selector matches. Where none captures it, it goes directly.
+
 It asks the running daemon; with --config FILE it asks that file instead, which need not be in force.`,
-		Example: examples("mprox explain tcp example.com:443", "mprox explain udp 192.0.2.7:53 --context work --uid 1000",
+		Example: examples("mprox explain tcp example.com:443", "mprox explain tcp example.com:443 --uid 1000", "mprox explain udp 192.0.2.7:53 --context work --uid 1000",
 			"mprox explain tcp example.com:443 --config ./candidate.json -o json"),
 		Args:      cobra.ExactArgs(2),
 		ValidArgs: []string{"tcp", "udp"},
@@ -53,7 +56,7 @@ It asks the running daemon; with --config FILE it asks that file instead, which 
 		},
 	}
 	fl := cmd.Flags()
-	fl.StringVar(&r.Context, "context", "", "`name` of the context (default: the only one, or the one named default)")
+	fl.StringVar(&r.Context, "context", "", "`name` of the context (default: the one that captures the process)")
 	g.completeContextFlag(cmd)
 	fl.Int64Var(&uid, "uid", 0, "user `id` of the process")
 	fl.Int64Var(&gid, "gid", 0, "group `id` of the process")
@@ -89,7 +92,11 @@ func writeExplanation(w io.Writer, r *client.ExplainRequest, e *client.Explanati
 	if e.Member != "" && e.Member != e.Upstream {
 		target += " (" + e.Member + " first)"
 	}
-	fmt.Fprintf(w, "%s %s goes to %s by %s\n", r.Network, printable(r.Dest), printable(target), printable(e.Rule))
+	if e.Rule == daemon.NotCaptured {
+		fmt.Fprintf(w, "%s %s goes directly: %s\n", r.Network, printable(r.Dest), e.Rule)
+	} else {
+		fmt.Fprintf(w, "%s %s goes to %s by %s\n", r.Network, printable(r.Dest), printable(target), printable(e.Rule))
+	}
 	if e.NameSource != "" {
 		fmt.Fprintf(w, "name    %s\n", printable(e.NameSource))
 	}

@@ -151,7 +151,7 @@ type AppUsage struct {
 
 // ExplainRequest is a flow that need not exist. Network is tcp or udp; Dest is host:port. The other fields may stay empty.
 type ExplainRequest struct {
-	Context  string `json:"context"` // "" = the only context, or the one named default
+	Context  string `json:"context"` // "" = the one that captures who is described below; of nobody: the global one, the only one, or the one named default
 	Network  string `json:"network"`
 	Dest     string `json:"dest"`
 	UID      *int64 `json:"uid,omitempty"`

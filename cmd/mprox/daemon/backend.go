@@ -3,7 +3,6 @@
 package daemon
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -11,7 +10,6 @@ import (
 	"net/netip"
 	"os"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -80,9 +78,9 @@ func (b backend) KillFlow(id uint64) bool {
 // Explain implements control.Backend.
 func (b backend) Explain(ctx context.Context, r control.ExplainRequest) (control.Explanation, error) {
 	var whose []control.Condition
-	if r.Context == "" && r.PID != 0 {
+	if r.Context == "" {
 		if done, err := b.whoseFlow(ctx, &r, &whose); done || err != nil {
-			return control.Explanation{Upstream: direct, Rule: "not captured", Conditions: whose}, err
+			return uncaptured(whose), err
 		}
 	}
 	c, err := b.named(r.Context)
@@ -99,33 +97,6 @@ func (b backend) Explain(ctx context.Context, r control.ExplainRequest) (control
 		Mark: fmt.Sprintf("%#x", policy.ContextMark(uint32(b.opt.Config.Kernel.MarkMask), c.slot)), Table: b.spec().Table(c.slot), Device: s.TUN,
 	}
 	return x, nil
-}
-
-// whoseFlow finds the context of a process, and fills in what the request leaves open about it; done when no context captures it. A process
-// that does not exist is taken as the request describes it.
-func (b backend) whoseFlow(ctx context.Context, r *control.ExplainRequest, out *[]control.Condition) (done bool, err error) {
-	c, err := b.Whose(ctx, r.PID)
-	if client.Code(err) == client.CodeNotFound {
-		return false, nil
-	}
-	if err != nil {
-		return false, err
-	}
-	for _, v := range c.Verdicts {
-		*out = append(*out, control.Condition{Rule: "context " + v.Context, Key: "pid", Value: strconv.Itoa(r.PID), Result: v.Matched, Reason: v.Reason})
-	}
-	if len(c.Verdicts) == 0 {
-		*out = append(*out, control.Condition{Rule: "context", Key: "pid", Value: strconv.Itoa(r.PID), Reason: c.Reason})
-	}
-	r.Context = c.Context
-	if r.UID == nil {
-		r.UID = &c.UID
-	}
-	if r.GID == nil {
-		r.GID = &c.GID
-	}
-	r.Exe, r.Cgroup = cmp.Or(r.Exe, c.Exe), cmp.Or(r.Cgroup, c.Cgroup)
-	return c.Context == "", nil
 }
 
 // explain asks a context's rules about a flow that need not exist. names may be nil: then only what the request says is known.
