@@ -48,12 +48,7 @@ func (c *Client) shutdown(ctx context.Context, query url.Values) error {
 
 // process opens a pidfd of the process that listens on the socket: nil if it cannot be seen, or is the caller itself (an embedded daemon).
 func (c *Client) process(ctx context.Context) (*os.File, error) {
-	conn, err := c.dial(ctx)
-	if err != nil {
-		return nil, err
-	}
-	defer conn.Close()
-	pid, err := listenerOf(conn)
+	pid, err := c.PID(ctx)
 	if err != nil {
 		return nil, err
 	}

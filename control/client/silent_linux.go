@@ -6,6 +6,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -46,11 +50,41 @@ func (c *Client) Alive(ctx context.Context) error {
 // (another pid namespace).
 func (c *Client) PID(ctx context.Context) (int, error) {
 	conn, err := c.dial(ctx)
+	if errors.Is(err, unix.EAGAIN) {
+		// It has not answered for so long that no connection can be made any more: a health check every ten seconds needs half a day for that.
+		return holderOf(c.socket), nil
+	}
 	if err != nil {
 		return 0, err
 	}
 	defer conn.Close()
 	return listenerOf(conn)
+}
+
+// holderOf looks for the process that has the socket on which somebody listens at a path, as ss(8) does: 0 if it cannot be seen.
+func holderOf(socket string) int {
+	table, err := os.ReadFile("/proc/net/unix")
+	if err != nil {
+		return 0
+	}
+	link := ""
+	for line := range strings.Lines(string(table)) {
+		// Num RefCount Protocol Flags Type St Inode Path; __SO_ACCEPTCON is the flag of who listens.
+		if f := strings.Fields(line); len(f) == 8 && f[3] == "00010000" && f[7] == socket {
+			link = "socket:[" + f[6] + "]"
+		}
+	}
+	if link == "" {
+		return 0
+	}
+	fds, _ := filepath.Glob("/proc/[0-9]*/fd/*")
+	for _, fd := range fds {
+		if to, err := os.Readlink(fd); err == nil && to == link {
+			pid, _ := strconv.Atoi(strings.Split(fd, "/")[2])
+			return pid
+		}
+	}
+	return 0
 }
 
 // Kill ends the process that listens on the socket, whose Alive has failed, and returns when it has ended. It gets SIGTERM, and SIGKILL if it
