@@ -20,6 +20,12 @@ func TestHung(t *testing.T) {
 			t.Parallel()
 			l := lab.New(t, lab.Options{})
 			s := l.Dante(t, 1080, false)
+			long := crash == "open" // and for so long that it has no room for another connection on its socket
+			if long {
+				if r := lab.Exec(t, l.Client.Command("sysctl", "-w", "net.core.somaxconn=2")); r.Code != 0 {
+					t.Fatal(r)
+				}
+			}
 			before := l.Snapshot(t)
 			m := l.Mprox(t)
 			m.UpConfig(globalConfig(s, fmt.Sprintf(`"on_crash": %q,`, crash)))
@@ -27,7 +33,16 @@ func TestHung(t *testing.T) {
 			m.Signal(syscall.SIGSTOP)
 			pid := fmt.Sprint(m.PID())
 
-			if crash == "block" {
+			if long {
+				for range 4 {
+					if r := m.CLI("healthcheck"); r.Code != 7 {
+						t.Errorf("healthcheck: %v", r)
+					}
+				}
+				if r := m.CLI("status"); r.Code != 5 || !strings.Contains(r.Stderr, "mprox down") || !strings.Contains(r.Stderr, pid) {
+					t.Errorf("status: %v", r)
+				}
+			} else {
 				for _, command := range []string{"status", "flows --watch", "reload", "guard off", "down --keep-closed", "run --context default -- true"} {
 					within(t, 10*time.Second, command, func() {
 						r := m.CLI(strings.Fields(command)...)

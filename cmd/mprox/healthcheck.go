@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/mutex-proxy/mutex/control/client"
 )
@@ -29,7 +30,7 @@ was no answer in time; 5 that there is no daemon. Made for HEALTHCHECK of a cont
 			return g.ask(cmd, healthLimit, func(ctx context.Context, c *client.Client) error {
 				h, err := c.Health(ctx)
 				switch {
-				case errors.Is(err, context.DeadlineExceeded):
+				case errors.Is(err, context.DeadlineExceeded), errors.Is(err, unix.EAGAIN): // or it has not taken calls for long
 					return exitError{exitCheck, fmt.Errorf("the daemon has not answered within %s", healthLimit)}
 				case err != nil:
 					return err

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/mutex-proxy/mutex/control/client"
 	"github.com/mutex-proxy/mutex/policy"
@@ -37,6 +38,11 @@ func attended(ctx context.Context, c *client.Client, call func(context.Context, 
 	err := call(ctx, c)
 	if cause := context.Cause(ctx); errors.Is(cause, client.ErrSilent) {
 		return cause
+	}
+	if errors.Is(err, unix.EAGAIN) { // no room for another connection that waits: a burst of calls, or a daemon that has hung for long
+		if err := alive(ctx, c); errors.Is(err, client.ErrSilent) {
+			return err
+		}
 	}
 	return err
 }
