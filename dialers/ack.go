@@ -18,6 +18,9 @@ import (
 // manyDials is from how many connections on, being opened at the same time, work counts for more than the time that one takes.
 const manyDials = 128
 
+// TCP_QUICKACK (tcp(7)) says whether what comes is acknowledged at once, or with the next data that is sent, or after 40 to 200 ms. Off, it holds for the
+// SYN-ACK if it is set before connect(2), and as long as data is answered with data. It saves work only, so errors do not matter.
+
 // dialServer is dialTCP for a server to which we speak first. To one that speaks first, 200 ms could pass until it knew of the connection.
 func (n *Net) dialServer(ctx context.Context, to netip.AddrPort) (*TCPConn, error) {
 	defer n.dialing.Add(-1)
@@ -28,7 +31,7 @@ func (n *Net) dialServer(ctx context.Context, to netip.AddrPort) (*TCPConn, erro
 		if err := n.controlDial(network, address, rc); err != nil {
 			return err
 		}
-		return rc.Control(func(fd uintptr) { quickACK(fd, 0) })
+		return rc.Control(func(fd uintptr) { _ = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_QUICKACK, 0) })
 	})
 	if err == nil {
 		c.lazy = true
@@ -39,17 +42,7 @@ func (n *Net) dialServer(ctx context.Context, to netip.AddrPort) (*TCPConn, erro
 // lastQuestion has the answer to what was just written acknowledged at once: the destination may be the next to speak, and a server without
 // TCP_NODELAY holds that back until then.
 func lastQuestion(c io.Writer) {
-	tcp, ok := c.(*TCPConn)
-	if !ok || !tcp.lazy {
-		return // inside TLS, the server has been answered before
+	if tcp, ok := c.(*TCPConn); ok && tcp.lazy { // inside TLS, the server has been answered before
+		_ = tcp.setTCP(unix.TCP_QUICKACK, 1)
 	}
-	if raw, err := tcp.SyscallConn(); err == nil {
-		_ = raw.Control(func(fd uintptr) { quickACK(fd, 1) })
-	}
-}
-
-// quickACK says whether what comes is acknowledged at once, or with the next data that is sent, or after 40 to 200 ms (TCP_QUICKACK in tcp(7)). Off, it
-// holds for the SYN-ACK if it is set before connect(2), and as long as data is answered with data. It saves work only, so errors do not matter.
-func quickACK(fd uintptr, on int) {
-	_ = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_QUICKACK, on)
 }

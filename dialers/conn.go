@@ -94,13 +94,16 @@ func (c *TCPConn) Abort() {
 
 // userTimeout bounds how long the peer may take to acknowledge what is sent; 0 = the system's default.
 func (c *TCPConn) userTimeout(d time.Duration) error {
+	return c.setTCP(unix.TCP_USER_TIMEOUT, int(d.Milliseconds()))
+}
+
+// setTCP sets an option of tcp(7).
+func (c *TCPConn) setTCP(option, value int) error {
 	raw, err := c.SyscallConn()
 	if err != nil {
 		return err
 	}
-	cerr := raw.Control(func(s uintptr) {
-		err = unix.SetsockoptInt(int(s), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(d.Milliseconds()))
-	})
+	cerr := raw.Control(func(s uintptr) { err = unix.SetsockoptInt(int(s), unix.IPPROTO_TCP, option, value) })
 	return errors.Join(cerr, err)
 }
 

@@ -55,8 +55,7 @@ func (c *Conn) confirmed() (bool, error) {
 	if err != nil {
 		return false, os.NewSyscallError("tcp_info", err)
 	}
-	const stateClose = 7 // TCP_CLOSE
-	if info.State == stateClose {
+	if info.State == unix.BPF_TCP_CLOSE {
 		return false, unix.ECONNRESET
 	}
 	return info.Segs_in > 0, nil
@@ -64,10 +63,7 @@ func (c *Conn) confirmed() (bool, error) {
 
 // Answered says whether the application's kernel has been heard of, if only by a reset.
 func (c *Conn) Answered() bool {
-	if c.confirm == nil {
-		return true
-	}
-	return c.answered()
+	return c.confirm == nil || c.answered()
 }
 
 func (c *Conn) answered() bool {
