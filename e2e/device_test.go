@@ -4,7 +4,6 @@ package e2e
 
 import (
 	"fmt"
-	"net"
 	"net/netip"
 	"strings"
 	"syscall"
@@ -23,12 +22,7 @@ func TestDeviceDeleted(t *testing.T) {
 			w := newWire(t, offload, lab.Options{})
 			cp := w.Capture(t)
 			defer func() { upstreamOnly(w.s).Check(t, cp.Packets()) }()
-			var pairs [][2]net.Conn
-			for _, a := range ways() {
-				app, far := w.open(t, a)
-				w.check(t, app, far)
-				pairs = append(pairs, [2]net.Conn{app, far})
-			}
+			pairs := w.openBoth(t)
 			whole := noIndexes(w.Snapshot(t))
 			lose := [][]string{
 				{"ip", "link", "del", "mprox0"},

@@ -173,12 +173,7 @@ func TestUntracked(t *testing.T) {
 			w := newWire(t, offload, lab.Options{})
 			cp := w.Capture(t)
 			defer func() { upstreamOnly(w.s).Check(t, cp.Packets()) }()
-			var pairs [][2]net.Conn
-			for _, a := range ways() {
-				app, far := w.open(t, a)
-				w.check(t, app, far)
-				pairs = append(pairs, [2]net.Conn{app, far})
-			}
+			pairs := w.openBoth(t)
 			w.Client.Run(t, "nft", `table inet untracked {
   chain out { type filter hook output priority raw; tcp dport 1083 notrack; }
   chain in { type filter hook prerouting priority raw; tcp sport 1083 notrack; }

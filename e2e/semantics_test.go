@@ -87,6 +87,17 @@ func (w *wire) open(t *testing.T, a netip.Addr) (app, far *net.TCPConn) {
 	return app, w.far(t, app)
 }
 
+// openBoth returns the ends of a new flow of each family, over which bytes have gone.
+func (w *wire) openBoth(t *testing.T) (pairs [][2]net.Conn) {
+	t.Helper()
+	for _, a := range ways() {
+		app, far := w.open(t, a)
+		w.check(t, app, far)
+		pairs = append(pairs, [2]net.Conn{app, far})
+	}
+	return pairs
+}
+
 // flow returns the flow of an application's connection, established.
 func (w *wire) flow(t *testing.T, app net.Conn) (f lab.Flow) {
 	t.Helper()

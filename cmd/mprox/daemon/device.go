@@ -4,6 +4,7 @@ package daemon
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"slices"
@@ -11,6 +12,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/mutex-proxy/mutex/stack"
 	"github.com/mutex-proxy/mutex/tun"
 )
 
@@ -27,21 +29,16 @@ const madeAgain = "the TUN device was deleted by somebody, and has been made aga
 //	                                        └──────────────────────────────────────────────────────────────────┘
 type deviceKeeper struct {
 	d    *Daemon
-	bell chan struct{} // one pending stands for all
-	late bool          // the kernel does not know of the last change yet; run's
+	bell bell
+	late bool // the kernel does not know of the last change yet; run's
 }
 
 func newDeviceKeeper(d *Daemon) *deviceKeeper {
-	return &deviceKeeper{d: d, bell: make(chan struct{}, 1)}
+	return &deviceKeeper{d: d, bell: newBell()}
 }
 
 // knock has the devices looked at soon.
-func (k *deviceKeeper) knock() {
-	select {
-	case k.bell <- struct{}{}:
-	default:
-	}
-}
+func (k *deviceKeeper) knock() { k.bell.ring() }
 
 // miss is told by policy which device is not there. It may be older news than the device.
 func (k *deviceKeeper) miss(name string) {
@@ -169,12 +166,8 @@ func (c *liveContext) replaceDevice() error {
 	if !lost {
 		return nil // the context has ended meanwhile
 	}
-	dev, err := tun.Open(tunConfig(name, c.tun()))
+	dev, err := putUnder(c.stack, func() (*tun.Device, error) { return tun.Open(tunConfig(name, c.tun())) })
 	if err != nil {
-		return err
-	}
-	if err := c.stack.Replace(dev); err != nil {
-		_ = dev.Close()
 		return err
 	}
 	c.mu.Lock()
@@ -184,4 +177,16 @@ func (c *liveContext) replaceDevice() error {
 	_ = old.Close()
 	c.log.Warn(madeAgain, zap.String("device", name))
 	return nil
+}
+
+// putUnder opens a device and puts it under a netstack. With an error there is none.
+func putUnder(st *stack.Stack, open func() (*tun.Device, error)) (*tun.Device, error) {
+	dev, err := open()
+	if err != nil {
+		return nil, err
+	}
+	if err := st.Replace(dev); err != nil {
+		return nil, errors.Join(err, dev.Close())
+	}
+	return dev, nil
 }

@@ -36,7 +36,7 @@ const (
 //	                 └─────── not known yet
 type doorman struct {
 	d       *Daemon
-	bell    chan struct{} // one pending stands for all
+	bell    bell
 	once    sync.Once
 	late    atomic.Bool // the kernel does not know of the last change yet
 	looking sync.Mutex  // one look at a time; guards what follows
@@ -48,15 +48,10 @@ type doorman struct {
 	ports   []int
 }
 
-func newDoorman(d *Daemon) *doorman { return &doorman{d: d, bell: make(chan struct{}, 1)} }
+func newDoorman(d *Daemon) *doorman { return &doorman{d: d, bell: newBell()} }
 
 // knock has the ports looked at soon.
-func (w *doorman) knock() {
-	select {
-	case w.bell <- struct{}{}:
-	default:
-	}
-}
+func (w *doorman) knock() { w.bell.ring() }
 
 // passing are the bridges and the ports that are let through.
 func (w *doorman) passing() (bridges []string, ports []int) {

@@ -159,12 +159,8 @@ func (s *seat) replaceDevice() error {
 	}
 	s.late = true
 	name := s.device.Name()
-	dev, err := s.openDevice(name)
+	dev, err := putUnder(s.stack, func() (*tun.Device, error) { return s.openDevice(name) })
 	if err != nil {
-		return err
-	}
-	if err := s.stack.Replace(dev); err != nil {
-		_ = dev.Close()
 		return err
 	}
 	_ = s.device.Close()
